@@ -1,0 +1,119 @@
+"""The three stages as TorchX components: ``torchx run components/stages.py:train --config CONFIG -- key=value ...``.
+
+Data, train and eval are three apps, submitted one after the other: TorchX starts all roles of one app together.
+"""
+
+from typing import Dict, Optional
+
+import torchx.specs as specs
+from torchx.specs import macros
+
+from components import _torchrun
+
+IMAGE = "muonrec:0.1.0"
+
+
+def data(
+    *args: str,
+    config: str = "configs/demo/sasrec.yaml",
+    cpu: int = 2,
+    gpu: int = 0,
+    memMB: int = 8192,
+    image: str = IMAGE,
+    env: Optional[Dict[str, str]] = None,
+    max_retries: int = 1,
+) -> specs.AppDef:
+    """Data stage: raw logs -> parquet sequences and manifest, at the place that the config names.
+
+    Args:
+        args: overrides of the config, key=value, after --
+        config: YAML file of the experiment
+        cpu: processor cores
+        gpu: GPUs
+        memMB: memory in MB
+        image: container image (Kubernetes only)
+        env: extra environment, K1=V1,K2=V2; no commas within a value
+        max_retries: restarts by the scheduler (SLURM requeue, Volcano RestartJob)
+    """
+    command = _torchrun.python_command("pipeline.data", [config, *args])
+    return _torchrun.app(
+        "data", command, j="1x1", cpu=cpu, gpu=gpu, memMB=memMB, image=image, env=env, max_retries=max_retries
+    )
+
+
+def train(
+    *args: str,
+    config: str = "configs/demo/sasrec.yaml",
+    j: str = "1x2",
+    cpu: int = 2,
+    gpu: int = 0,
+    memMB: int = 8192,
+    image: str = IMAGE,
+    env: Optional[Dict[str, str]] = None,
+    out: str = "out",
+    max_retries: int = 3,
+    max_restarts: int = 1,
+    rdzv_port: int = 29500,
+) -> specs.AppDef:
+    """Train stage: torchrun over j ranks; checkpoints and metrics under {out}/{app id}.
+
+    Every restart goes on from the last checkpoint found there. A preemption uses up one of max_retries.
+
+    Args:
+        args: overrides of the config, key=value, after --; output=FOLDER replaces {out}/{app id}
+        config: YAML file of the experiment
+        j: {nnodes}x{nproc_per_node}
+        cpu: processor cores per node
+        gpu: GPUs per node
+        memMB: memory per node in MB
+        image: container image (Kubernetes only)
+        env: extra environment, K1=V1,K2=V2; no commas within a value
+        out: root of the outputs, on storage that all nodes share
+        max_retries: restarts by the scheduler (SLURM requeue, Volcano RestartJob)
+        max_restarts: restarts of all ranks in place, by torchrun
+        rdzv_port: port on the first node when there are several
+    """
+    command = _torchrun.torchrun_command(
+        "pipeline.train",
+        [config, f"output={out}/{macros.app_id}", *args],
+        j=j,
+        max_restarts=max_restarts,
+        rdzv_port=rdzv_port,
+    )
+    return _torchrun.app(
+        "train", command, j=j, cpu=cpu, gpu=gpu, memMB=memMB, image=image, env=env,
+        max_retries=max_retries, rdzv_port=rdzv_port,
+    )  # fmt: skip
+
+
+def evaluate(
+    *args: str,
+    run: str,
+    j: str = "1x2",
+    cpu: int = 2,
+    gpu: int = 0,
+    memMB: int = 8192,
+    image: str = IMAGE,
+    env: Optional[Dict[str, str]] = None,
+    max_retries: int = 1,
+    rdzv_port: int = 29500,
+) -> specs.AppDef:
+    """Eval stage: the checkpoint of a run -> metrics.json and report.html beside it.
+
+    Args:
+        args: settings of the stage, key=value, after --, such as part=valid or 'compare=[OTHER_RUN]'
+        run: folder that the train stage wrote
+        j: {nnodes}x{nproc_per_node}
+        cpu: processor cores per node
+        gpu: GPUs per node
+        memMB: memory per node in MB
+        image: container image (Kubernetes only)
+        env: extra environment, K1=V1,K2=V2; no commas within a value
+        max_retries: restarts by the scheduler (SLURM requeue, Volcano RestartJob)
+        rdzv_port: port on the first node when there are several
+    """
+    command = _torchrun.torchrun_command("pipeline.eval", [run, *args], j=j, rdzv_port=rdzv_port)
+    return _torchrun.app(
+        "evaluate", command, j=j, cpu=cpu, gpu=gpu, memMB=memMB, image=image, env=env,
+        max_retries=max_retries, rdzv_port=rdzv_port,
+    )  # fmt: skip

@@ -1,0 +1,327 @@
+"""Batches: global batch t as a function of seed and t alone, dealt out to any number of ranks."""
+
+# B = users of the rank's share, T = events of its histories, S = virtual streams
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from typing import Literal
+
+import numpy as np
+import torch
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from muonrec.batch import CANDIDATES, HISTORY, TARGETS, SequenceBatch
+from muonrec.data.candidates import CandidateSampler
+from muonrec.data.shards import Sequences
+from muonrec.mesh import Ranks
+
+Part = Literal["valid", "test"]
+
+
+class TrainingBatches:
+    """The rank's shares of global batches ``start_step`` .. ``num_steps``, in order.
+
+    Users with at least two training events are dealt to ``num_streams`` virtual streams (user row modulo the number of
+    streams); each stream is shuffled anew every epoch; global batch t takes the next ``batch_size / num_streams`` users
+    of every stream; stream s is served by rank ``s % num_ranks``. So a batch depends on the seed and on t, never on the
+    number of ranks or on where an earlier run stopped. The last batch of an epoch holds what is left.
+
+    Args:
+        sequences: the data set.
+        batch_size: users of a *global* batch, a multiple of ``num_streams``.
+        max_length: events of a history that are kept, the latest ones.
+        sampler: draws the candidates.
+        needs_targets: whether the loss looks up the rows of the targets.
+        seed: of the order.
+        ranks: this rank among the others.
+        num_streams: virtual streams, at least the number of ranks.
+
+    Raises:
+        ValueError: sizes that do not fit together, or no user with two training events.
+    """
+
+    def __init__(
+        self,
+        sequences: Sequences,
+        *,
+        batch_size: int,
+        max_length: int,
+        sampler: CandidateSampler,
+        needs_targets: bool,
+        seed: int,
+        ranks: Ranks,
+        num_streams: int = 32,
+    ) -> None:
+        if batch_size % num_streams:
+            raise ValueError(
+                f"batch_size {batch_size} is not a multiple of num_streams {num_streams}; "
+                f"take batch_size {batch_size // num_streams * num_streams or num_streams} or another num_streams"
+            )
+        if ranks.num_ranks > num_streams:
+            raise ValueError(f"{ranks.num_ranks} ranks cannot share {num_streams} streams; raise num_streams")
+        self._sequences = sequences
+        self._max_length = max_length
+        self._sampler = sampler
+        self._needs_targets = needs_targets
+        self._seed = seed
+        self._users_per_stream = batch_size // num_streams
+        self._num_streams = num_streams
+        self._my_streams = range(ranks.rank, num_streams, ranks.num_ranks)
+
+        trainable = np.flatnonzero(sequences.num_train >= 2)
+        if trainable.size == 0:
+            raise ValueError("no user has two training events, so there is nothing to learn; check the data set's split")
+        self._streams = [trainable[stream::num_streams] for stream in range(num_streams)]
+        self.steps_per_epoch = -(-self._streams[0].size // self._users_per_stream)
+        self._order: dict[int, np.ndarray] = {}
+        self._order_epoch = -1
+
+    def iterate(self, start_step: int, num_steps: int, *, prefetch: int = 4) -> Iterator[SequenceBatch]:
+        """Yield the batches of steps ``start_step`` to ``num_steps``, assembled by a background thread."""
+        return prefetched(lambda: (self.share(step) for step in range(start_step, num_steps)), depth=prefetch)
+
+    def share(self, step: int) -> SequenceBatch:
+        """This rank's share of global batch ``step``."""
+        epoch, index = divmod(step, self.steps_per_epoch)
+        self._shuffle(epoch)
+        first = index * self._users_per_stream
+        slices = [self._order[stream][first : first + self._users_per_stream] for stream in self._my_streams]
+        users = np.concatenate(slices)
+        streams = np.repeat(np.fromiter(self._my_streams, np.int64), [len(part) for part in slices])
+
+        # The last training event is only ever a target, so a user brings one event less than it has.
+        lengths = np.minimum(self._sequences.num_train[users] - 1, self._max_length)
+        by_length = np.argsort(-lengths, kind="stable")
+        candidates = self._candidates(step, streams, lengths, by_length)
+        users, lengths = users[by_length], lengths[by_length]
+        ends = self._sequences.offsets[users] + self._sequences.num_train[users]
+        at = _ranges(ends - 1 - lengths, lengths)
+        labels = self._sequences.values[at + 1].astype(np.int64)
+
+        return make_batch(
+            history=self._sequences.values[at].astype(np.int64),
+            lengths=lengths,
+            labels=labels,
+            targets=labels if self._needs_targets else labels[:0],
+            candidates=candidates,
+            log_q=np.concatenate([self._sampler.log_q(labels), self._sampler.log_q(candidates)]),
+            user_ids=self._sequences.user_ids[users],
+            num_items=self._sequences.num_items,
+            step=step,
+        )
+
+    def _candidates(self, step: int, streams: np.ndarray, lengths: np.ndarray, by_length: np.ndarray) -> np.ndarray:
+        if self._sampler.kind != "per_target":
+            return self._sampler.shared(step)
+        # Drawn in the order of the streams, then brought into the order of the batch's rows.
+        negatives = [self._sampler.per_target(step, s, int(lengths[streams == s].sum())) for s in self._my_streams]
+        starts = np.cumsum(lengths) - lengths
+        return np.concatenate(negatives)[_ranges(starts[by_length], lengths[by_length])].reshape(-1)
+
+    def _shuffle(self, epoch: int) -> None:
+        if epoch == self._order_epoch:
+            return
+        for stream in self._my_streams:
+            key = np.random.SeedSequence([self._seed, 0x0DE2, epoch, stream])
+            generator = np.random.Generator(np.random.Philox(key))
+            self._order[stream] = generator.permutation(self._streams[stream])
+        self._order_epoch = epoch
+
+
+def evaluation_batches(
+    sequences: Sequences,
+    part: Part,
+    *,
+    max_length: int,
+    batch_size: int,
+    ranks: Ranks,
+    max_users: int | None = None,
+) -> Iterator[SequenceBatch]:
+    """Yield this rank's evaluation batches: every user with a held-out item, its history, and that item as the label.
+
+    Batch j of a fixed division of the users goes to rank ``j % num_ranks``; ranks that run out yield empty batches, so
+    every rank yields the same number and what is computed does not depend on the number of ranks.
+
+    Args:
+        sequences: the data set.
+        part: ``valid`` predicts the first validation event from the training events, ``test`` the first test event from
+            the training and the validation events.
+        max_length: events of a history that are kept, the latest ones.
+        batch_size: users of one batch, on one rank.
+        ranks: this rank among the others.
+        max_users: evaluate an evenly spaced subset of this many users; None for all.
+
+    Yields:
+        SequenceBatch: ``labels`` ``[B]``; no targets and no candidates.
+    """
+    users = evaluation_users(sequences, part, max_users=max_users)
+    num_batches = -(-users.size // batch_size)
+    num_rounds = -(-num_batches // ranks.num_ranks)
+    history_lengths = _history_lengths(sequences, users, part)
+    # Users of like length travel together: less padding, and the division is still fixed.
+    users = users[np.argsort(-np.minimum(history_lengths, max_length), kind="stable")]
+    for round_ in range(num_rounds):
+        first = (round_ * ranks.num_ranks + ranks.rank) * batch_size
+        mine = users[first : first + batch_size]
+        ends = sequences.offsets[mine] + _history_lengths(sequences, mine, part)
+        lengths = np.minimum(_history_lengths(sequences, mine, part), max_length)
+        none = np.empty(0, dtype=np.int64)
+        yield make_batch(
+            history=sequences.values[_ranges(ends - lengths, lengths)].astype(np.int64),
+            lengths=lengths,
+            labels=sequences.values[ends].astype(np.int64),
+            targets=none,
+            candidates=none,
+            log_q=np.empty(0, dtype=np.float32),
+            user_ids=sequences.user_ids[mine],
+            num_items=sequences.num_items,
+            step=round_,
+        )
+
+
+def evaluation_users(sequences: Sequences, part: Part, *, max_users: int | None = None) -> np.ndarray:
+    """Rows int64 of the users with a history and a held-out item in ``part``.
+
+    Raises:
+        ValueError: there are none.
+    """
+    held_out = sequences.num_valid if part == "valid" else sequences.num_test
+    rows = np.arange(held_out.size)
+    users = np.flatnonzero((held_out >= 1) & (_history_lengths(sequences, rows, part) >= 1))
+    if users.size == 0:
+        raise ValueError(f"no user has a history and a {part} event; check the data set's split")
+    if max_users is not None and users.size > max_users:
+        users = users[np.linspace(0, users.size - 1, max_users).round().astype(np.int64)]
+    return users
+
+
+def seen_items(sequences: Sequences, user_ids: np.ndarray, part: Part) -> tuple[np.ndarray, np.ndarray]:
+    """Each user's whole history before ``part``: ids int64 ``[sum of lengths]`` and lengths int64 ``[B]``."""
+    rows = np.searchsorted(sequences.user_ids, user_ids)
+    lengths = _history_lengths(sequences, rows, part)
+    return sequences.values[_ranges(sequences.offsets[rows], lengths)].astype(np.int64), lengths
+
+
+def make_batch(
+    *,
+    history: np.ndarray,
+    lengths: np.ndarray,
+    labels: np.ndarray,
+    targets: np.ndarray,
+    candidates: np.ndarray,
+    log_q: np.ndarray,
+    user_ids: np.ndarray,
+    num_items: int,
+    step: int,
+) -> SequenceBatch:
+    """Assemble one SequenceBatch from arrays, rows in order of falling length.
+
+    Raises:
+        ValueError: an id is outside the item table; names table, feature and id.
+    """
+    # TorchRec cannot redistribute a batch of no users, so a rank without any brings one without a history.
+    stride = max(len(lengths), 1)
+    lengths_of = np.zeros((3, stride), dtype=np.int64)
+    lengths_of[0, : len(lengths)] = lengths
+    lengths_of[1, : len(lengths)] = lengths if targets.size else 0
+    lengths_of[2, 0] = candidates.size
+    for feature, ids in ((HISTORY, history), (TARGETS, labels), (CANDIDATES, candidates)):
+        check_ids(ids, table="item", feature=feature, num_embeddings=num_items)
+    features = KeyedJaggedTensor(
+        keys=[HISTORY, TARGETS, CANDIDATES],
+        values=torch.from_numpy(np.concatenate([history, targets, candidates])),
+        lengths=torch.from_numpy(lengths_of.reshape(-1)),
+        stride=stride,
+    )
+    return SequenceBatch(
+        features=features,
+        labels=torch.from_numpy(labels),
+        log_q=torch.from_numpy(log_q),
+        user_ids=torch.from_numpy(np.asarray(user_ids, dtype=np.int64)),
+        groups=length_groups(lengths),
+        step=step,
+    )
+
+
+def check_ids(ids: np.ndarray, *, table: str, feature: str, num_embeddings: int) -> None:
+    """Refuse ids outside ``[0, num_embeddings)``: FBGEMM would warn and read row 0, or read past the end."""
+    if ids.size == 0:
+        return
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or high >= num_embeddings:
+        raise ValueError(
+            f"feature {feature!r} holds id {low if low < 0 else high}, but table {table!r} has rows 0 to {num_embeddings - 1}; "
+            "rerun python -m pipeline.data, or build the model from the data set it is trained on"
+        )
+
+
+def length_groups(lengths: np.ndarray) -> list[tuple[int, int, int]]:
+    """Cut rows of falling length where the length halves: ``(users, events, longest)`` of each group.
+
+    Attention pads a user to the longest of its group, so it computes on less than twice the events there are.
+    """
+    groups = []
+    first = 0
+    while first < len(lengths):
+        longest = max(int(lengths[first]), 1)
+        # lengths fall, so the first row at or below the bound ends the group; short ones are not worth cutting
+        bound = longest // 2 if longest > 8 else 0
+        last = first + int(np.searchsorted(-lengths[first:], -bound, side="left"))
+        if bound == 0:
+            last = len(lengths)
+        groups.append((last - first, int(lengths[first:last].sum()), longest))
+        first = last
+    return groups
+
+
+def prefetched(make: Callable[[], Iterator[SequenceBatch]], *, depth: int) -> Iterator[SequenceBatch]:
+    """Run an iterator in a background thread, ``depth`` items ahead; its exception is raised at the consumer's side."""
+    items: queue.Queue = queue.Queue(maxsize=depth)
+    stop = threading.Event()
+
+    def put(item: object) -> bool:
+        while not stop.is_set():
+            try:
+                items.put(item, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def produce() -> None:
+        try:
+            for item in make():
+                if not put((item, None)):
+                    return
+            put((None, StopIteration()))
+        except BaseException as error:  # handed to the consumer, where it is raised
+            put((None, error))
+
+    thread = threading.Thread(target=produce, name="muonrec-loader", daemon=True)
+    thread.start()
+    try:
+        while True:
+            item, error = items.get()
+            if isinstance(error, StopIteration):
+                return
+            if error is not None:
+                raise error
+            yield item
+    finally:
+        stop.set()
+        thread.join()
+
+
+def _history_lengths(sequences: Sequences, users: np.ndarray, part: Part) -> np.ndarray:
+    lengths = sequences.num_train[users].astype(np.int64)
+    return lengths + sequences.num_valid[users] if part == "test" else lengths
+
+
+def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """The concatenation of ``range(start, start + length)``, int64."""
+    ends = np.cumsum(lengths)
+    total = int(ends[-1]) if len(ends) else 0
+    return np.repeat(starts - (ends - lengths), lengths) + np.arange(total)

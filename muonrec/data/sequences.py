@@ -1,0 +1,354 @@
+"""Turn events into ordered, split sequences inside DuckDB, in plain SQL that Spark can take over."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Annotated, Any, Literal, TypeAlias
+
+import duckdb
+import pyarrow as pa
+import pydantic
+
+from muonrec.config import Config, name_only
+
+logger = logging.getLogger(__name__)
+
+_STREAM_ROWS = 2**20
+
+# The relational part, all of it: common table expressions, joins, GROUP BY, window functions and md5, so that another
+# engine can run it. Braces are filled with integers of our own only.
+# Ids become integer codes at once; every later step compares numbers. ORDER BY compares the bytes of UTF-8.
+_SQL_CODES = """
+CREATE TABLE {kind}_codes AS
+WITH seen AS (SELECT DISTINCT {kind}_id AS raw_id FROM source_events)
+SELECT ROW_NUMBER() OVER (ORDER BY raw_id) - 1 AS code, raw_id FROM seen
+"""
+
+# Events without a time are told apart by their place in the source: an item met twice is no duplicate there.
+_SQL_DISTINCT = """
+CREATE TABLE events AS
+SELECT u.code AS user_code, i.code AS item_code, e.timestamp_s AS timestamp_s, MIN(e.source_row) AS source_row
+FROM source_events e
+JOIN user_codes u ON u.raw_id = e.user_id
+JOIN item_codes i ON i.raw_id = e.item_id
+GROUP BY u.code, i.code, e.timestamp_s, CASE WHEN e.timestamp_s IS NULL THEN e.source_row END
+"""
+
+_SQL_CORE_ROUND = """
+CREATE TABLE events_kept AS
+WITH users_kept AS (SELECT user_code FROM events GROUP BY user_code HAVING COUNT(*) >= {k}),
+     items_kept AS (SELECT item_code FROM events GROUP BY item_code HAVING COUNT(*) >= {k})
+SELECT e.user_code, e.item_code, e.timestamp_s, e.source_row
+FROM events e
+JOIN users_kept u ON u.user_code = e.user_code
+JOIN items_kept i ON i.item_code = e.item_code
+"""
+
+_SQL_COUNTS = """
+SELECT COUNT(DISTINCT user_code) AS num_users, COUNT(DISTINCT item_code) AS num_items, COUNT(*) AS num_events
+FROM events
+"""
+
+_SQL_VOCABULARY = """
+CREATE TABLE {kind}s AS
+WITH kept AS (SELECT DISTINCT {kind}_code AS code FROM events)
+SELECT ROW_NUMBER() OVER (ORDER BY c.code) - 1 AS {kind}_id, c.raw_id AS raw_id, c.code AS code
+FROM {kind}_codes c
+JOIN kept k ON k.code = c.code
+"""
+
+_SQL_TIME_RANGE = "SELECT MIN(timestamp_s), MAX(timestamp_s), COUNT(*) - COUNT(timestamp_s) FROM events"
+
+_SQL_TIED = """
+WITH moments AS (
+    SELECT COUNT(*) AS num_events FROM events WHERE timestamp_s IS NOT NULL GROUP BY user_code, timestamp_s
+)
+SELECT COALESCE(SUM(num_events), 0) FROM moments WHERE num_events > 1
+"""
+
+# The time of the event at place n of the log in order of time; events of one second stay on one side.
+_SQL_CUT = """
+WITH seconds AS (SELECT timestamp_s, COUNT(*) AS num_events FROM events GROUP BY timestamp_s),
+     running AS (SELECT timestamp_s, SUM(num_events) OVER (ORDER BY timestamp_s) AS num_until FROM seconds)
+SELECT MIN(timestamp_s) FROM running WHERE num_until > {place}
+"""
+
+_SQL_LEAVE_ONE_OUT = """
+CREATE TABLE parts AS
+SELECT user_code,
+       CASE WHEN COUNT(*) >= 3 THEN COUNT(*) - 2 ELSE COUNT(*) END AS num_train,
+       CASE WHEN COUNT(*) >= 3 THEN 1 ELSE 0 END AS num_valid,
+       CASE WHEN COUNT(*) >= 3 THEN 1 ELSE 0 END AS num_test
+FROM events GROUP BY user_code
+"""
+
+_SQL_GLOBAL_TIME = """
+CREATE TABLE parts AS
+SELECT user_code,
+       SUM(CASE WHEN timestamp_s < {valid_from_s} THEN 1 ELSE 0 END) AS num_train,
+       SUM(CASE WHEN timestamp_s >= {valid_from_s} AND timestamp_s < {test_from_s} THEN 1 ELSE 0 END) AS num_valid,
+       SUM(CASE WHEN timestamp_s >= {test_from_s} THEN 1 ELSE 0 END) AS num_test
+FROM events GROUP BY user_code
+"""
+
+_SQL_PART_SIZES = "SELECT SUM(num_train), SUM(num_valid), SUM(num_test) FROM parts"
+
+# md5 and not an engine's own hash(), which changes with its version; raw ids and not codes, which change with the log.
+_SQL_ORDERED = """
+SELECT u.user_id AS user_id, i.item_id AS item_id, e.timestamp_s AS timestamp_s, e.source_row AS source_row,
+       CAST(p.num_train AS INTEGER) AS num_train,
+       CAST(p.num_valid AS INTEGER) AS num_valid,
+       CAST(p.num_test AS INTEGER) AS num_test
+FROM events e
+JOIN users u ON u.code = e.user_code
+JOIN items i ON i.code = e.item_code
+JOIN parts p ON p.user_code = e.user_code
+ORDER BY MOD(u.user_id, {num_shards}), u.user_id, e.timestamp_s, {tie}, e.source_row
+"""
+_SQL_TIE = {
+    "shuffle": (
+        "CASE WHEN e.timestamp_s IS NULL THEN '' "
+        "ELSE md5(CONCAT('{seed}', '/', u.raw_id, '/', i.raw_id, '/', e.source_row)) END"
+    ),
+    "file_order": "e.source_row",
+}
+
+_SQL_ROWS = "SELECT {kind}_id, raw_id FROM {kind}s ORDER BY {kind}_id"
+
+
+class LeaveOneOut(Config):
+    """Last event of a user tests, the one before validates, the rest trains; users with fewer than 3 events only train.
+
+    What it lets through: users live at different times, so the train part of one may be later than the target of
+    another (item popularity leaks from the future). What it does not: no event of a user's own future.
+    """
+
+    name: Literal["leave_one_out"] = "leave_one_out"
+
+
+class GlobalTimeSplit(Config):
+    """Cut the log at two moments for all users: train before ``t1``, valid in ``[t1, t2)``, test from ``t2`` on.
+
+    A user's target is the first event of the window; users whose sequence starts there have no history and no target
+    (`muonrec.data.shards.Sequences.targets`).
+
+    Leakage rules: nothing trained on is later than any target; the events of one second stay on one side; the history
+    of a test target includes the user's valid events, which are known by then, but no model is fitted to them. Not
+    hidden: the k-core and the vocabulary look at the whole log, as in the published protocols, so a user or item may
+    be in only because of its later events.
+
+    Attributes:
+        valid, test: shares of the events, the latest for test; used where no moments are given.
+        valid_from_s, test_from_s: the moments ``t1`` and ``t2`` themselves; both or none.
+    """
+
+    name: Literal["global_time"] = "global_time"
+    valid: Annotated[float, pydantic.Field(gt=0, lt=1)] = 0.1
+    test: Annotated[float, pydantic.Field(gt=0, lt=1)] = 0.1
+    valid_from_s: int | None = None
+    test_from_s: int | None = None
+
+    @pydantic.model_validator(mode="after")
+    def _check(self) -> GlobalTimeSplit:
+        if (self.valid_from_s is None) != (self.test_from_s is None):
+            raise ValueError("one of valid_from_s and test_from_s is missing; give both, or neither to cut by share")
+        if self.valid_from_s is not None and self.valid_from_s >= self.test_from_s:
+            raise ValueError(
+                f"valid_from_s {self.valid_from_s} is not before test_from_s {self.test_from_s}; swap them"
+            )
+        if self.valid + self.test >= 1:
+            raise ValueError(
+                f"valid {self.valid:g} + test {self.test:g} leave no event to train on; their sum is below 1"
+            )
+        return self
+
+
+Split: TypeAlias = Annotated[
+    LeaveOneOut | GlobalTimeSplit, pydantic.Field(discriminator="name"), pydantic.BeforeValidator(name_only)
+]
+
+
+class EventStore:
+    """The events of one log in a DuckDB file, under a memory limit, spilling to disk.
+
+    Call `load`, `drop_duplicates`, `keep_core`, `build_vocabularies`, `split`, `ordered`, in this order. One store
+    serves one run: its file may be deleted after `close`.
+    """
+
+    def __init__(self, folder: Path, *, memory_limit: str = "4GiB") -> None:
+        """Open an empty store.
+
+        Args:
+            folder: existing folder for the database and what it spills; needs about the size of the log.
+            memory_limit: of DuckDB alone, such as ``4GiB``; a batch of the reader comes on top.
+        """
+        self._memory_limit = memory_limit
+        self._connection = duckdb.connect(str(folder / "events.duckdb"))
+        self._connection.execute(f"SET memory_limit = '{memory_limit}'")
+        self._connection.execute(f"SET temp_directory = '{str(folder / 'spill').replace(chr(39), chr(39) * 2)}'")
+        # Leave preserve_insertion_order at true. Seen with DuckDB 2.0.0: at false, Arrow output of execute() ignores
+        # ORDER BY (execute().to_arrow_reader() and .to_arrow_table(), from 6,000 rows on).
+        self._connection.execute("SET enable_progress_bar = false")
+
+    def __enter__(self) -> EventStore:
+        return self
+
+    def __exit__(
+        self,
+        exception_type: type[BaseException] | None,
+        exception: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+        if isinstance(exception, duckdb.OutOfMemoryException):
+            raise ValueError(
+                f"memory_limit {self._memory_limit} is too small for this log; raise data.memory_limit "
+                f"(a few hundred MiB are the least). The database says: {str(exception).splitlines()[0]}"
+            ) from exception
+
+    def close(self) -> None:
+        """Let go of the database file."""
+        self._connection.close()
+
+    def load(self, reader: pa.RecordBatchReader, *, on_events: Callable[[int], None] = lambda num_events: None) -> int:
+        """Store all events of ``reader``; returns their number."""
+        self._connection.execute(
+            "CREATE TABLE source_events (user_id VARCHAR, item_id VARCHAR, timestamp_s BIGINT, source_row BIGINT)"
+        )
+        num_events = 0
+        # Batch by batch and not the reader as a whole: its ValueErrors must reach the caller as they are.
+        for batch in reader:
+            self._connection.register("batch", batch)
+            self._connection.execute("INSERT INTO source_events SELECT * FROM batch")
+            self._connection.unregister("batch")
+            num_events += len(batch)
+            on_events(len(batch))
+        return num_events
+
+    def drop_duplicates(self) -> int:
+        """Keep one of the events with the same user, item and time, the first in the source; returns how many went."""
+        before = self._number("SELECT COUNT(*) FROM source_events")
+        for kind in ("user", "item"):
+            self._connection.execute(_SQL_CODES.format(kind=kind))
+        self._connection.execute(_SQL_DISTINCT)
+        self._connection.execute("DROP TABLE source_events")
+        return before - self._number("SELECT COUNT(*) FROM events")
+
+    def keep_core(self, k: int) -> list[dict[str, int]]:
+        """Drop users and items with fewer than ``k`` events until none is left (the k-core; Seidman, 1983).
+
+        Args:
+            k: 0 and 1 keep everything.
+
+        Returns:
+            ``num_users, num_items, num_events`` before the first round and after each.
+
+        Raises:
+            ValueError: nothing is left.
+        """
+        rounds = [self._counts()]
+        while k > 1 and rounds[-1]["num_events"]:
+            self._connection.execute(_SQL_CORE_ROUND.format(k=int(k)))
+            self._connection.execute("DROP TABLE events")
+            self._connection.execute("ALTER TABLE events_kept RENAME TO events")
+            counts = self._counts()
+            if counts == rounds[-1]:
+                break
+            rounds.append(counts)
+            logger.info(
+                "k-core round %d: %d users, %d items, %d events",
+                len(rounds) - 1, counts["num_users"], counts["num_items"], counts["num_events"],
+            )  # fmt: skip
+        if not rounds[-1]["num_events"]:
+            history = "; ".join(
+                f"round {number}: {kept['num_users']} users, {kept['num_items']} items, {kept['num_events']} events"
+                for number, kept in enumerate(rounds)
+            )
+            raise ValueError(f"k_core={k} leaves no event ({history}); lower data.k_core or pass a denser log")
+        return rounds
+
+    def build_vocabularies(self) -> tuple[int, int]:
+        """Number users and items from 0 in the order of their raw ids; returns how many there are of each."""
+        for kind in ("user", "item"):
+            self._connection.execute(_SQL_VOCABULARY.format(kind=kind))
+        return self._number("SELECT COUNT(*) FROM users"), self._number("SELECT COUNT(*) FROM items")
+
+    def time_range_s(self) -> tuple[int, int] | None:
+        """First and last timestamp; None without times.
+
+        Raises:
+            ValueError: some events have a time and some have none.
+        """
+        first, last, num_without = self._row(_SQL_TIME_RANGE)
+        if first is not None and num_without:
+            raise ValueError(
+                f"{num_without} events have no time and others have; give all a time or columns.timestamp_s: null"
+            )
+        return None if first is None else (int(first), int(last))
+
+    def num_tied_events(self) -> int:
+        """Events that share user and timestamp with another."""
+        return self._number(_SQL_TIED)
+
+    def split(self, split: LeaveOneOut | GlobalTimeSplit) -> dict[str, Any]:
+        """Decide how many of each user's events, in order, belong to train, valid and test.
+
+        Returns:
+            The split as it was applied, with the moments of the cut for ``global_time``.
+
+        Raises:
+            ValueError: ``global_time`` on events without times, or a cut that leaves a part empty.
+        """
+        if isinstance(split, LeaveOneOut):
+            self._connection.execute(_SQL_LEAVE_ONE_OUT)
+            return split.model_dump()
+        time_range_s = self.time_range_s()
+        if time_range_s is None:
+            raise ValueError("split global_time needs times and the source has none; use data.split=leave_one_out")
+        valid_from_s, test_from_s = split.valid_from_s, split.test_from_s
+        if valid_from_s is None or test_from_s is None:
+            num_events = self._number("SELECT COUNT(*) FROM events")
+            # Rounded before it is floored: (1 - 0.1 - 0.1) * 10 is 7.999...
+            places = [int(round(share * num_events, 6)) for share in (1 - split.valid - split.test, 1 - split.test)]
+            valid_from_s, test_from_s = (self._number(_SQL_CUT.format(place=place)) for place in places)
+        self._connection.execute(_SQL_GLOBAL_TIME.format(valid_from_s=int(valid_from_s), test_from_s=int(test_from_s)))
+        sizes = dict(zip(("train", "valid", "test"), map(int, self._row(_SQL_PART_SIZES)), strict=True))
+        if not all(sizes.values()):
+            counts = ", ".join(f"{size} {name}" for name, size in sizes.items())
+            raise ValueError(
+                f"split global_time at {valid_from_s} and {test_from_s} gives {counts} events, one part is empty; "
+                f"the log reaches from {time_range_s[0]} to {time_range_s[1]}: change data.split"
+            )
+        return {**split.model_dump(), "valid_from_s": valid_from_s, "test_from_s": test_from_s}
+
+    def ordered(self, *, ties: Literal["shuffle", "file_order"], seed: int, num_shards: int) -> pa.RecordBatchReader:
+        """Stream the events by shard, user and time, each with the part counts of its user.
+
+        Ties in time are never broken by item id, which can follow popularity and then flatters every metric.
+
+        Args:
+            ties: ``shuffle`` orders them by ``md5(seed, user, item, source_row)``, ``file_order`` by ``source_row``;
+                events without times are always in file order.
+            seed: of the shuffle.
+            num_shards: user ``u`` goes to shard ``u % num_shards``.
+        """
+        sql = _SQL_ORDERED.format(num_shards=int(num_shards), tie=_SQL_TIE[ties].format(seed=int(seed)))
+        return self._connection.sql(sql).to_arrow_reader(_STREAM_ROWS)
+
+    def vocabulary(self, kind: Literal["user", "item"]) -> pa.RecordBatchReader:
+        """Stream ``<kind>_id, raw_id`` in order of the id."""
+        return self._connection.sql(_SQL_ROWS.format(kind=kind)).to_arrow_reader(_STREAM_ROWS)
+
+    def _counts(self) -> dict[str, int]:
+        return dict(zip(("num_users", "num_items", "num_events"), map(int, self._row(_SQL_COUNTS)), strict=True))
+
+    def _row(self, sql: str) -> tuple[Any, ...]:
+        # Not fetchone(): DuckDB 2 refuses other work on a connection until a result has been read to its end.
+        (row,) = self._connection.execute(sql).fetchall()
+        return row
+
+    def _number(self, sql: str) -> int:
+        return int(self._row(sql)[0])

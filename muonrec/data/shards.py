@@ -1,0 +1,570 @@
+"""The data set on disk: Parquet shards with a row per user, two vocabularies, and the manifest that commits them."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import itertools
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pydantic
+
+from muonrec.config import Config
+
+logger = logging.getLogger(__name__)
+
+SCHEMA_VERSION = 1
+MANIFEST = "manifest.json"
+ITEMS = "items.parquet"
+USERS = "users.parquet"
+
+_ROW_GROUP_ROWS = 8192
+_QUANTILES = {"min": 0.0, "p25": 0.25, "p50": 0.5, "p75": 0.75, "p90": 0.9, "p99": 0.99, "max": 1.0}
+
+
+class PartCounts(Config):
+    """One count for each part of the split."""
+
+    train: int
+    valid: int
+    test: int
+
+
+class TargetCounts(Config):
+    """Users that have an evaluation target: the first event of the part, where some event precedes it."""
+
+    valid: int
+    test: int
+
+
+class FileEntry(Config):
+    """One file of the data set, as committed."""
+
+    num_rows: int
+    num_bytes: int
+    sha256: str
+
+
+class BestPossible(Config):
+    """Metrics of ranking all items by the true ``P(next item | history)``: no model does better but by luck."""
+
+    ndcg_at_10: float = pydantic.Field(alias="ndcg@10")
+    recall_at_10: float = pydantic.Field(alias="recall@10")
+    num_users: int
+
+    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", validate_by_name=True, serialize_by_alias=True)
+
+
+class Manifest(Config):
+    """What a data set holds and where it came from; a folder without one is no data set.
+
+    Attributes:
+        fingerprint: sha256 over schema version, config and source; equal fingerprints mean equal shards.
+        config: the resolved config of the stage.
+        source: path, size and sha256 of every input file, or the parameters of the generator.
+        num_users_with_target: users whose held-out event has a non-empty history (see `Sequences.targets`).
+        num_items_unseen_in_training: items of the vocabulary with no event in the train part.
+        history_length_quantiles: of the events per user, all parts together.
+        time_range_s: first and last timestamp; null without times.
+        tied_event_share: share of events that share user and timestamp with another; null without times.
+        core_rounds: users, items and events before the k-core and after each of its rounds.
+        best_possible: of a synthetic source, where it can be known; null otherwise.
+        rates: events per second of each phase of the run that wrote it.
+    """
+
+    schema_version: int
+    fingerprint: str
+    num_users: int
+    num_items: int
+    num_events: int
+    num_events_per_part: PartCounts
+    num_users_with_target: TargetCounts
+    num_items_unseen_in_training: int
+    num_source_events: int
+    num_duplicates_dropped: int
+    core_rounds: list[dict[str, int]]
+    history_length_quantiles: dict[str, float]
+    time_range_s: tuple[int, int] | None
+    tied_event_share: float | None
+    split: dict[str, Any]
+    num_shards: int
+    files: dict[str, FileEntry]
+    config: dict[str, Any]
+    source: dict[str, Any]
+    best_possible: BestPossible | None
+    rates: dict[str, float]
+
+
+@dataclass
+class ShardStatistics:
+    """What `write_shards` counted on the way through."""
+
+    item_train_counts: np.ndarray  # [num_items] int64
+    num_users: int = 0
+    num_events: dict[str, int] = field(default_factory=lambda: {"train": 0, "valid": 0, "test": 0})
+    num_users_with_target: dict[str, int] = field(default_factory=lambda: {"valid": 0, "test": 0})
+    lengths: Counter[int] = field(default_factory=Counter)
+
+    def length_quantiles(self) -> dict[str, float]:
+        """Quantiles of the events per user: the smallest length that at least that share of the users stays within."""
+        lengths = np.array(sorted(self.lengths))
+        cumulative = np.cumsum([self.lengths[length] for length in lengths])
+        return {
+            name: float(lengths[np.searchsorted(cumulative, max(1, share * cumulative[-1]))])
+            for name, share in _QUANTILES.items()
+        }
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """All users' sequences in memory, ordered by ``user_id``. Not for logs larger than memory: read the shards.
+
+    Attributes:
+        values: item ids of all users, concatenated; int32, or int64 where the vocabulary needs it. Do not modify.
+        offsets: int64 ``[num_users + 1]``; user ``u`` owns ``values[offsets[u]:offsets[u + 1]]``.
+        num_train: int32 ``[num_users]``: how many of a user's events, from the first on, are training events.
+        num_valid: int32 ``[num_users]``: the events after those.
+        num_test: int32 ``[num_users]``: the events after those, up to the last.
+        user_ids: int64 ``[num_users]``, rows of the user vocabulary: ``0 .. num_users - 1``.
+        num_items: rows of the item vocabulary; every value is below it.
+        item_train_counts: int64 ``[num_items]``: training events of each item.
+        manifest: the manifest of the folder.
+        timestamps_s: int64, parallel to ``values``; None unless asked for, or where the source had no times.
+    """
+
+    values: np.ndarray
+    offsets: np.ndarray
+    num_train: np.ndarray
+    num_valid: np.ndarray
+    num_test: np.ndarray
+    user_ids: np.ndarray
+    num_items: int
+    item_train_counts: np.ndarray
+    manifest: Manifest
+    timestamps_s: np.ndarray | None = None
+
+    def targets(self, part: Literal["valid", "test"]) -> np.ndarray:
+        """Place of each user's evaluation target in the user's own sequence; everything before it is the history.
+
+        The target is the first event of the part; a user whose sequence starts there has no history and no target.
+
+        Returns:
+            int64 ``[num_users]``, -1 for users without a target.
+        """
+        return target_places(self.num_train, self.num_valid, self.num_test, part)
+
+
+def target_places(num_train: np.ndarray, num_valid: np.ndarray, num_test: np.ndarray, part: str) -> np.ndarray:
+    """See `Sequences.targets`; also used to count the targets while the shards are written."""
+    if part not in ("valid", "test"):
+        raise ValueError(f"part {part!r} has no evaluation targets; ask for 'valid' or 'test'")
+    before = num_train.astype(np.int64) + (num_valid if part == "test" else 0)
+    held_out = num_valid if part == "valid" else num_test
+    return np.where((before >= 1) & (held_out >= 1), before, -1)
+
+
+def shard_name(shard: int, num_shards: int) -> str:
+    """File name of a shard."""
+    return f"shard-{shard:05d}-of-{num_shards:05d}.parquet"
+
+
+def write_shards(
+    events: pa.RecordBatchReader,
+    folder: Path,
+    *,
+    num_shards: int,
+    num_items: int,
+    on_events: Callable[[int], None] = lambda num_events: None,
+) -> ShardStatistics:
+    """Write a row per user, users dealt out by ``user_id % num_shards``, from a stream in exactly that order.
+
+    Args:
+        events: ``user_id, item_id, timestamp_s, source_row, num_train, num_valid, num_test``, a row per event, sorted
+            by ``user_id % num_shards``, then ``user_id``, then the order of the user's events.
+        folder: existing folder; gets ``num_shards`` files, some of them without rows where users are few.
+        num_items: rows of the item vocabulary; decides between int32 and int64.
+        on_events: called with the number of events written since the last call.
+
+    Raises:
+        RuntimeError: the events are not in that order.
+    """
+    statistics = ShardStatistics(np.zeros(num_items, dtype=np.int64))
+    last_key = -1
+    item_type = pa.int32() if num_items <= 2**31 else pa.int64()
+    files = _ShardFiles(folder, num_shards, _shard_schema(item_type))
+    for block in _blocks_of_whole_users(events):
+        last_key = _check_order(block, num_shards, last_key)
+        rows = _rows_of_users(block, files.schema)
+        _count(statistics, block, rows)
+        shards = rows.column("user_id").to_numpy() % num_shards
+        edges = [0, *(np.flatnonzero(np.diff(shards)) + 1), len(rows)]
+        for start, end in itertools.pairwise(edges):
+            files.add(int(shards[start]), rows.slice(start, end - start))
+        on_events(len(block))
+    files.close()
+    return statistics
+
+
+def write_table(path: Path, batches: Iterable[pa.RecordBatch], schema: pa.Schema) -> None:
+    """Stream ``batches`` to one Parquet file of ``schema``."""
+    file = _RowGroups(path, schema)
+    for batch in batches:
+        file.add(pa.Table.from_batches([batch]).select(schema.names).cast(schema))
+    file.close()
+
+
+def describe_file(path: Path) -> FileEntry:
+    """Rows, bytes and sha256 of a Parquet file, forced to disk first: the manifest must not outlive it."""
+    with path.open("rb") as stream:
+        os.fsync(stream.fileno())
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    return FileEntry(num_rows=pq.read_metadata(path).num_rows, num_bytes=path.stat().st_size, sha256=digest)
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Commit the folder: the manifest appears whole or not at all."""
+    partial = folder / f"{MANIFEST}.partial"
+    with partial.open("w") as stream:
+        stream.write(json.dumps(manifest.model_dump(mode="json", by_alias=True), indent=2) + "\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(partial, folder / MANIFEST)
+
+
+def read_manifest(folder: str | Path) -> Manifest:
+    """Read the manifest of a data set.
+
+    Raises:
+        ValueError: the folder has none, or it is damaged or of another schema version.
+    """
+    path = Path(folder) / MANIFEST
+    if not path.is_file():
+        found = "has no manifest.json" if Path(folder).is_dir() else "does not exist"
+        raise ValueError(f"{folder} is not a data set: it {found}; run python -m pipeline.data CONFIG")
+    try:
+        tree = json.loads(path.read_text())
+        version = tree.get("schema_version") if isinstance(tree, dict) else None
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); run python -m pipeline.data CONFIG again") from None
+    if version != SCHEMA_VERSION:
+        raise ValueError(
+            f"{path} has schema version {version}, this muonrec reads {SCHEMA_VERSION}; "
+            "run python -m pipeline.data CONFIG again"
+        )
+    try:
+        return Manifest.model_validate(tree)
+    except pydantic.ValidationError as error:
+        faults = ", ".join(".".join(map(str, fault["loc"])) for fault in error.errors())
+        raise ValueError(f"{path} is damaged at {faults}; run python -m pipeline.data CONFIG again") from None
+
+
+def verify_dataset(folder: str | Path, *, verify_hashes: bool = False) -> Manifest:
+    """Check that every file of the manifest is there with its size, and with its sha256 where asked.
+
+    Raises:
+        ValueError: names the first file that differs.
+    """
+    manifest = read_manifest(folder)
+    for name, entry in manifest.files.items():
+        path = Path(folder) / name
+        if not path.is_file():
+            raise ValueError(
+                f"{path} is missing though the manifest lists it; run python -m pipeline.data CONFIG again"
+            )
+        if (num_bytes := path.stat().st_size) != entry.num_bytes:
+            raise ValueError(
+                f"{path} has {num_bytes} bytes but the manifest says {entry.num_bytes}; "
+                "copy it again or run python -m pipeline.data CONFIG again"
+            )
+        if verify_hashes and (found := describe_file(path).sha256) != entry.sha256:
+            raise ValueError(
+                f"{path} has sha256 {found[:12]}... but the manifest says {entry.sha256[:12]}...; "
+                "copy it again or run python -m pipeline.data CONFIG again"
+            )
+    return manifest
+
+
+def load_sequences(folder: str | Path, *, verify_hashes: bool = False, timestamps: bool = False) -> Sequences:
+    """Read a data set into memory, ordered by ``user_id`` whatever the number of shards.
+
+    Args:
+        folder: what ``python -m pipeline.data`` wrote.
+        verify_hashes: also compare the sha256 of every file (sizes are always compared).
+        timestamps: also read ``timestamps_s``.
+
+    Raises:
+        ValueError: no data set, or a file that differs from its manifest; the file is named.
+    """
+    folder = Path(folder)
+    manifest = verify_dataset(folder, verify_hashes=verify_hashes)
+    counts = pq.read_table(folder / ITEMS, columns=["num_train_events"]).column(0).to_numpy()
+    if len(counts) != manifest.num_items:
+        raise ValueError(
+            _damaged(folder / ITEMS, f"has {len(counts)} items but the manifest counts {manifest.num_items}")
+        )
+    shards = [_read_shard(folder / name, manifest, timestamps) for name in manifest.files if name.startswith("shard-")]
+
+    user_ids = np.concatenate([shard["user_id"] for shard in shards])
+    if not np.array_equal(np.sort(user_ids), np.arange(manifest.num_users)):
+        raise ValueError(_damaged(folder, f"its shards do not hold users 0 .. {manifest.num_users - 1} once each"))
+    per_user = {
+        name: _scatter(user_ids, np.concatenate([shard[name] for shard in shards]))
+        for name in ("length", "num_train", "num_valid", "num_test")
+    }
+    offsets = np.concatenate([[0], np.cumsum(per_user["length"])]).astype(np.int64)
+    if offsets[-1] != manifest.num_events:
+        raise ValueError(
+            _damaged(folder, f"its shards hold {offsets[-1]} events, the manifest counts {manifest.num_events}")
+        )
+
+    values = np.empty(manifest.num_events, dtype=shards[0]["values"].dtype)
+    has_times = timestamps and manifest.time_range_s is not None
+    timestamps_s = np.empty(manifest.num_events, dtype=np.int64) if has_times else None
+    for shard in shards:
+        places = _places(offsets[shard["user_id"]], shard["length"])
+        values[places] = shard["values"]
+        if timestamps_s is not None:
+            timestamps_s[places] = shard["timestamps_s"]
+    return Sequences(
+        values=values,
+        offsets=offsets,
+        num_train=per_user["num_train"],
+        num_valid=per_user["num_valid"],
+        num_test=per_user["num_test"],
+        user_ids=np.arange(manifest.num_users, dtype=np.int64),
+        num_items=manifest.num_items,
+        item_train_counts=counts.astype(np.int64),
+        manifest=manifest,
+        timestamps_s=timestamps_s,
+    )
+
+
+@contextlib.contextmanager
+def replaced_folder(output: Path) -> Iterator[Path]:
+    """Yield an empty sibling of ``output`` that takes its place if the block ends well and vanishes if it does not.
+
+    Raises:
+        ValueError: ``output`` holds files that no manifest lists: replacing it would destroy somebody's work.
+    """
+    check_replaceable(output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    for leftover in sorted(output.parent.glob(f".{output.name}.partial-*")):
+        logger.warning("%s is left over from a run that was killed, unless one is running: remove it", leftover)
+    partial = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-", dir=output.parent))
+    partial.chmod(0o755)
+    try:
+        yield partial
+        # A folder cannot replace a full one in one step: between these renames there is no data set, never half of one.
+        previous = partial.with_name(partial.name.replace(".partial-", ".previous-"))
+        if output.exists():
+            os.rename(output, previous)
+        os.rename(partial, output)
+        shutil.rmtree(previous, ignore_errors=True)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_replaceable(output: Path) -> None:
+    """Refuse an ``output`` that is a file or holds files that its manifest does not list, by ValueError."""
+    if not output.exists():
+        return
+    if not output.is_dir():
+        raise ValueError(f"output {output} is a file; pass a folder as data.output")
+    ours: set[str] = set()
+    if (output / MANIFEST).is_file():
+        with contextlib.suppress(ValueError, AttributeError):
+            ours = {MANIFEST, *json.loads((output / MANIFEST).read_text()).get("files", {})}
+    if foreign := sorted(path.name for path in output.iterdir() if path.name not in ours):
+        raise ValueError(
+            f"output {output} holds {', '.join(foreign[:5])}, which no manifest of a data set lists; "
+            "pass another folder as data.output or move them away"
+        )
+
+
+class _RowGroups:
+    """A Parquet file whose row groups are cut by number of rows, however the rows arrive: equal rows, equal bytes."""
+
+    def __init__(self, path: Path, schema: pa.Schema) -> None:
+        self._writer = pq.ParquetWriter(path, schema, compression="zstd")
+        self._pending = schema.empty_table()
+
+    def add(self, rows: pa.Table) -> None:
+        self._pending = pa.concat_tables([self._pending, rows])
+        while len(self._pending) >= _ROW_GROUP_ROWS:
+            self._write(self._pending.slice(0, _ROW_GROUP_ROWS))
+            self._pending = self._pending.slice(_ROW_GROUP_ROWS)
+
+    def close(self) -> None:
+        if len(self._pending):
+            self._write(self._pending)
+        self._writer.close()
+
+    def _write(self, rows: pa.Table) -> None:
+        self._writer.write_table(rows.combine_chunks(), row_group_size=_ROW_GROUP_ROWS)
+
+
+class _ShardFiles:
+    """Write one shard after the other; every shard exists at the end."""
+
+    def __init__(self, folder: Path, num_shards: int, schema: pa.Schema) -> None:
+        self.schema = schema
+        self._folder = folder
+        self._num_shards = num_shards
+        self._shard = -1
+        self._file: _RowGroups | None = None
+
+    def add(self, shard: int, rows: pa.Table) -> None:
+        """Append rows to ``shard``; shards come in ascending order."""
+        self._advance_to(shard)
+        assert self._file is not None
+        self._file.add(rows)
+
+    def close(self) -> None:
+        """Write what waits, and the shards without rows that are left."""
+        self._advance_to(self._num_shards - 1)
+        assert self._file is not None
+        self._file.close()
+
+    def _advance_to(self, shard: int) -> None:
+        while self._shard < shard:
+            if self._file is not None:
+                self._file.close()
+            self._shard += 1
+            self._file = _RowGroups(self._folder / shard_name(self._shard, self._num_shards), self.schema)
+
+
+def _shard_schema(item_type: pa.DataType) -> pa.Schema:
+    return pa.schema(
+        [
+            pa.field("user_id", pa.int64(), nullable=False),
+            pa.field("item_ids", pa.list_(item_type), nullable=False),
+            pa.field("timestamps_s", pa.list_(pa.int64())),
+            pa.field("num_train", pa.int32(), nullable=False),
+            pa.field("num_valid", pa.int32(), nullable=False),
+            pa.field("num_test", pa.int32(), nullable=False),
+        ]
+    )
+
+
+def _blocks_of_whole_users(events: pa.RecordBatchReader) -> Iterator[pa.Table]:
+    """Cut the stream between users only: the last user of a batch waits for the next batch."""
+    waiting: pa.Table | None = None
+    for batch in events:
+        table = pa.Table.from_batches([batch])
+        table = table if waiting is None else pa.concat_tables([waiting, table])
+        if not len(table):
+            continue
+        user_ids = table.column("user_id").to_numpy()
+        last = int(np.flatnonzero(np.diff(user_ids))[-1] + 1) if user_ids[0] != user_ids[-1] else 0
+        if last:
+            yield table.slice(0, last).combine_chunks()
+        waiting = table.slice(last)
+    if waiting is not None:
+        yield waiting.combine_chunks()
+
+
+def _check_order(block: pa.Table, num_shards: int, last_key: int) -> int:
+    """An engine that forgets ORDER BY would give data sets that look right: cheap to refuse here, hard to find later.
+
+    Returns:
+        The key of the block's last user, the ``last_key`` of the next block; keys ascend by shard, then by user.
+    """
+    user_ids, times = block.column("user_id").to_numpy(), block.column("timestamp_s")
+    ends = np.flatnonzero(np.diff(user_ids))
+    users = user_ids[np.append(ends, len(user_ids) - 1)]
+    keys = np.append(last_key, (users % num_shards << 40) + users)
+    order = block.column("source_row").to_numpy() if times.null_count else times.to_numpy()
+    if (np.diff(keys) <= 0).any() or (np.delete(np.diff(order), ends) < 0).any():
+        raise RuntimeError("the engine returned events out of order; please report this with the version of duckdb")
+    return int(keys[-1])
+
+
+def _rows_of_users(block: pa.Table, schema: pa.Schema) -> pa.Table:
+    """A row per user of whole users' events."""
+    user_ids = block.column("user_id").to_numpy()
+    starts = np.concatenate([[0], np.flatnonzero(np.diff(user_ids)) + 1])
+    offsets = pa.array(np.append(starts, len(user_ids)).astype(np.int32))
+    first = block.take(pa.array(starts))
+    times = block.column("timestamp_s").combine_chunks()
+    lists = {
+        "item_ids": pa.ListArray.from_arrays(
+            offsets, block.column("item_id").combine_chunks().cast(schema.field("item_ids").type.value_type)
+        ),
+        "timestamps_s": pa.nulls(len(starts), pa.list_(pa.int64()))
+        if times.null_count
+        else pa.ListArray.from_arrays(offsets, times.cast(pa.int64())),
+    }
+    columns = [lists[name] if name in lists else first.column(name) for name in schema.names]
+    return pa.table(columns, names=schema.names).cast(schema)
+
+
+def _count(statistics: ShardStatistics, block: pa.Table, rows: pa.Table) -> None:
+    parts = {name: rows.column(f"num_{name}").to_numpy() for name in ("train", "valid", "test")}
+    lengths = sum(parts.values())
+    assert lengths.sum() == len(block), "the parts of a user do not add up to its events"
+    place = np.arange(len(block)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    in_train = place < np.repeat(parts["train"], lengths)
+    statistics.item_train_counts += np.bincount(
+        block.column("item_id").to_numpy()[in_train], minlength=len(statistics.item_train_counts)
+    )
+    statistics.num_users += len(rows)
+    statistics.lengths.update(
+        dict(zip(*(part.tolist() for part in np.unique(lengths, return_counts=True)), strict=True))
+    )
+    for name, counts in parts.items():
+        statistics.num_events[name] += int(counts.sum())
+    for name in statistics.num_users_with_target:
+        statistics.num_users_with_target[name] += int((target_places(*parts.values(), name) >= 0).sum())
+
+
+def _read_shard(path: Path, manifest: Manifest, timestamps: bool) -> dict[str, np.ndarray]:
+    names = ["user_id", "item_ids", "num_train", "num_valid", "num_test"] + ["timestamps_s"] * timestamps
+    try:
+        table = pq.read_table(path, columns=names).combine_chunks()
+    except pa.ArrowException as error:
+        raise ValueError(_damaged(path, f"cannot be read as Parquet: {error}")) from None
+    items = _only_chunk(table, "item_ids")
+    shard = {name: table.column(name).to_numpy() for name in ("user_id", "num_train", "num_valid", "num_test")}
+    shard["length"] = np.diff(items.offsets.to_numpy())
+    shard["values"] = items.flatten().to_numpy()
+    if timestamps:
+        shard["timestamps_s"] = _only_chunk(table, "timestamps_s").flatten().to_numpy(zero_copy_only=False)
+    if (shard["num_train"] + shard["num_valid"] + shard["num_test"] != shard["length"]).any():
+        raise ValueError(_damaged(path, "has a user whose train, valid and test events do not add up to the sequence"))
+    if shard["values"].size and not 0 <= shard["values"].min() <= shard["values"].max() < manifest.num_items:
+        worst = shard["values"].max() if shard["values"].min() >= 0 else shard["values"].min()
+        raise ValueError(_damaged(path, f"has item id {worst} but the vocabulary has {manifest.num_items} items"))
+    return shard
+
+
+def _only_chunk(table: pa.Table, name: str) -> pa.Array:
+    column = table.column(name)
+    return column.chunk(0) if column.num_chunks else pa.array([], type=column.type)
+
+
+def _scatter(rows: np.ndarray, values: np.ndarray) -> np.ndarray:
+    out = np.empty_like(values)
+    out[rows] = values
+    return out
+
+
+def _places(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """``[start, start + length)`` of every user, concatenated."""
+    firsts = np.cumsum(lengths) - lengths
+    return np.arange(lengths.sum()) + np.repeat(starts - firsts, lengths)
+
+
+def _damaged(path: Path, fault: str) -> str:
+    return f"{path} {fault}; run python -m pipeline.data CONFIG again"

@@ -1,0 +1,289 @@
+"""The optimizers of a TorchRec model: tables updated inside the backward pass, tower by Muon, the rest by AdamW, as one."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from fbgemm_gpu.split_embedding_configs import EmbOptimType
+from torch import nn
+from torch.distributed.optim import _apply_optimizer_in_backward
+from torchrec.distributed.batched_embedding_kernel import BaseBatchedEmbedding
+from torchrec.distributed.embedding_types import ShardedEmbeddingModule
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
+from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer, KeyedOptimizerWrapper
+from torchrec.optim.optimizers import in_backward_optimizer_filter
+from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
+
+from muonrec.embeddings.tables import SparseOptimizer, TableConfig
+from muonrec.optim import Assignment, DistributedMuon, Role, param_groups
+
+logger = logging.getLogger(__name__)
+
+# What each name asks of FBGEMM: the class TorchRec translates, and the kernel that must come of it.
+_FUSED: dict[SparseOptimizer, tuple[type[torch.optim.Optimizer], EmbOptimType]] = {
+    "rowwise_adagrad": (RowWiseAdagrad, EmbOptimType.EXACT_ROWWISE_ADAGRAD),
+    "adagrad": (torch.optim.Adagrad, EmbOptimType.EXACT_ADAGRAD),
+    "sgd": (torch.optim.SGD, EmbOptimType.EXACT_SGD),
+}
+
+
+def fuse_optimizers(model: nn.Module, tables: Mapping[str, TableConfig]) -> None:
+    """Attach to each table of an unsharded model the optimizer that FBGEMM shall run in its backward pass.
+
+    Raises:
+        ValueError: a table without settings (FBGEMM would train it by SGD at 0.01), settings without a table, or a
+            table that has an optimizer already.
+    """
+    parameters = dict(_table_parameters(model))
+    missing, unknown = sorted(parameters.keys() - tables.keys()), sorted(tables.keys() - parameters.keys())
+    if missing or unknown:
+        raise ValueError(
+            f"tables of the model: {sorted(parameters)}; without settings: {missing}; settings for no table: {unknown}. "
+            "Give every table an entry under 'tables', with its optimizer and lr"
+        )
+    for name, parameter in parameters.items():
+        if hasattr(parameter, "_optimizer_classes"):
+            raise ValueError(f"table {name!r} has an optimizer in its backward pass already; set it in one place")
+        table = tables[name]
+        settings: dict[str, Any] = {"lr": table.lr}
+        if table.optimizer != "sgd":
+            settings["eps"] = table.eps
+        _apply_optimizer_in_backward(_FUSED[table.optimizer][0], [parameter], settings)
+
+
+@dataclasses.dataclass(frozen=True)
+class FusedTable:
+    """What FBGEMM was found to run for one table on this rank."""
+
+    name: str
+    optimizer: str
+    lr: float
+    eps: float
+
+
+def fused_tables(model: nn.Module) -> list[FusedTable]:
+    """Read back from the kernels of a sharded model which optimizer runs for each table this rank holds rows of."""
+    found = []
+    for kernel in _kernels(model):
+        table_batch = kernel.emb_module
+        optimizer = getattr(table_batch, "optimizer", None)
+        for table in kernel.config.embedding_tables:
+            arguments = getattr(table_batch, "optimizer_args", None)
+            found.append(
+                FusedTable(
+                    name=table.name,
+                    optimizer=optimizer.name if optimizer is not None else "none",
+                    lr=float(table_batch.get_learning_rate()) if optimizer is not None else 0.0,
+                    eps=float(getattr(arguments, "eps", 0.0)),
+                )
+            )
+    return found
+
+
+def check_tables(model: DistributedModelParallel, tables: Mapping[str, TableConfig]) -> None:
+    """Prove that each table this rank holds is trained once, by the optimizer, rate and eps that were asked for.
+
+    Raises:
+        ValueError: names the table, what was asked and what FBGEMM runs.
+    """
+    found = fused_tables(model)
+    for table in found:
+        asked = tables[table.name]
+        kernel = _FUSED[asked.optimizer][1].name
+        if table.optimizer != kernel:
+            raise ValueError(f"table {table.name!r} asks for {kernel}, but FBGEMM runs {table.optimizer}")
+        if abs(table.lr - asked.lr) > 1e-6 * asked.lr:
+            raise ValueError(f"table {table.name!r} asks for lr {asked.lr}, but FBGEMM has {table.lr}")
+        if asked.optimizer != "sgd" and abs(table.eps - asked.eps) > 1e-6 * asked.eps:
+            raise ValueError(f"table {table.name!r} asks for eps {asked.eps}, but FBGEMM has {table.eps}")
+    fused = {key for key, _ in model.fused_optimizer.params.items()}
+    left = [key for key, _ in in_backward_optimizer_filter(model.named_parameters()) if key in fused]
+    if left:
+        raise ValueError(f"tables {left} are updated in the backward pass and would be updated again by a dense optimizer")
+
+
+class JoinedOptimizer(CombinedOptimizer):
+    """TorchRec's `CombinedOptimizer` that also knows its parts and the routing it was built from.
+
+    Args:
+        parts: keyed optimizers by name: ``tables`` (fused), ``muon`` or ``matrices``, and ``adamw``.
+        routing: which parameter went where, and why.
+    """
+
+    def __init__(self, parts: Mapping[str, KeyedOptimizer], routing: Sequence[Assignment]) -> None:
+        # The fused part keeps TorchRec's own keys, so that existing checkpoints of tables load.
+        super().__init__([("" if name == "tables" else name, part) for name, part in parts.items()])
+        self.parts = dict(parts)
+        self._base_lrs = {name: [float(group["lr"]) for group in part.param_groups] for name, part in parts.items()}
+        self.routing = list(routing)
+
+    @property
+    def state(self) -> Mapping[torch.Tensor, Any]:
+        """State by parameter; a rank has none of the momentum that another rank owns."""
+        return {parameter: state for parameter, state in super().state.items() if state}
+
+    def scale_lr(self, part: str, factor: float) -> float:
+        """Set a part's rates to ``factor`` times those it was built with; the first of them.
+
+        Those of the tables reach FBGEMM with the next `zero_grad` or `step`.
+        """
+        groups = self.parts[part].param_groups
+        for group, lr in zip(groups, self._base_lrs[part], strict=True):
+            group["lr"] = factor * lr  # type: ignore[index]
+        return factor * self._base_lrs[part][0] if groups else 0.0
+
+    @property
+    def grad_norm(self) -> float | None:
+        """Global norm of the last step's gradients of the parameters AdamW updates, before clipping."""
+        part = self.parts.get("adamw")
+        return part.grad_norm if isinstance(part, DenseOptimizer) else None
+
+
+class DenseOptimizer(KeyedOptimizerWrapper):
+    """A torch optimizer under TorchRec's keys, whose state exists from construction and whose step clips.
+
+    The norm is taken over the parameters of this optimizer alone: Muon does not depend on the scale of a gradient, and the
+    fused tables are updated before any norm is known. Under FSDP2 it is the norm over all shards.
+
+    Args:
+        parameters: by name.
+        make: the optimizer of ``(name, parameter)`` pairs.
+        max_grad_norm: clip to this norm; None to leave the gradients alone.
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, torch.Tensor],
+        make: Callable[[list[tuple[str, torch.Tensor]]], torch.optim.Optimizer],
+        *,
+        max_grad_norm: float | None = None,
+    ) -> None:
+        super().__init__(dict(parameters), lambda named: make(list(named.items())), pass_params_dict=True)  # type: ignore[arg-type]
+        self.max_grad_norm = max_grad_norm
+        self.grad_norm: float | None = None
+
+    def step(self, closure: Any = None) -> None:
+        if self.max_grad_norm is not None:
+            gradients = [p.grad for p in self.params.values() if p.grad is not None]
+            norm = torch.nn.utils.get_total_norm(gradients)
+            if hasattr(norm, "full_tensor"):
+                norm = norm.full_tensor()
+            torch.nn.utils.clip_grads_with_norm_(self.params.values(), self.max_grad_norm, norm)
+            self.grad_norm = float(norm)
+        super().step(closure)
+
+    def init_state(self, sparse_grad_parameter_names: set[str] | None = None) -> None:
+        """Nothing to do: the state exists. TorchRec's would step with zero gradients, and decay the weights."""
+
+
+def build_optimizer(
+    model: DistributedModelParallel,
+    *,
+    muon: Mapping[str, Any] | None,
+    adamw: Mapping[str, Any],
+    matrices: Mapping[str, Any] | None = None,
+    overrides: Sequence[tuple[str, str]] = (),
+    max_grad_norm: float | None = None,
+) -> JoinedOptimizer:
+    """One optimizer for a sharded model: fused tables, Muon (or AdamW) on the tower's matrices, AdamW on the rest.
+
+    A real `CombinedOptimizer`: TorchRec's train pipelines, schedulers and DCP take it as it is.
+
+    Args:
+        model: sharded, its tables with an optimizer in the backward pass.
+        muon: arguments of `DistributedMuon` for the matrices; None for AdamW there.
+        adamw: arguments of `torch.optim.AdamW` for everything else.
+        matrices: with ``muon=None``, arguments of the AdamW that updates the matrices.
+        overrides: ordered ``(pattern, "muon" | "adamw")``; the first that matches a name wins.
+        max_grad_norm: of AdamW's parameters, see `DenseOptimizer`.
+
+    Raises:
+        ValueError: a pattern that matches nothing, or neither or both of ``muon`` and ``matrices``.
+    """
+    if (muon is None) == (matrices is None):
+        raise ValueError("give the matrices one optimizer: either muon=dict(lr=...) or muon=None, matrices=dict(lr=...)")
+    routing = explain(model, overrides=overrides)
+    dense = dict(in_backward_optimizer_filter(model.named_parameters()))
+    routed = {where: {a.name: dense[a.name] for a in routing if a.optimizer == where} for where in ("muon", "adamw")}
+    splits = {a.name: a.split for a in routing if a.split is not None}
+
+    parts: dict[str, KeyedOptimizer] = {"tables": model.fused_optimizer}
+    if routed["muon"] and muon is not None:
+        parts["muon"] = DenseOptimizer(routed["muon"], lambda named: DistributedMuon(named, splits=splits, **muon))
+    elif routed["muon"]:
+        parts["matrices"] = DenseOptimizer(routed["muon"], lambda named: _adamw(named, **(matrices or {})))
+    if routed["adamw"]:
+        parts["adamw"] = DenseOptimizer(
+            routed["adamw"], lambda named: _adamw(named, **adamw), max_grad_norm=max_grad_norm
+        )
+    return JoinedOptimizer(parts, routing)
+
+
+def explain(model: DistributedModelParallel | JoinedOptimizer, *, overrides: Sequence[tuple[str, str]] = ()) -> list[Assignment]:
+    """Which optimizer updates each trainable parameter, in which blocks and why; `format_routing` prints it.
+
+    Args:
+        model: a sharded model (a dry run), or an optimizer that `build_optimizer` made.
+        overrides: as in `build_optimizer`.
+    """
+    if isinstance(model, JoinedOptimizer):
+        return model.routing
+    whole = {name: tuple(value.size()) for name, value in model.state_dict().items()}
+    return [
+        # A rank sees its own rows of a table under the table's name.
+        dataclasses.replace(assignment, shape=whole[assignment.name]) if assignment.optimizer == "sparse" else assignment
+        for assignment in param_groups(model.module, rules=(table_rule(model.module),), overrides=overrides)
+    ]
+
+
+def table_rule(model: nn.Module) -> Callable[[nn.Module, str], Role | None]:
+    """Role rule for `muonrec.optim.param_groups`: the parameters of ``model``'s tables belong to the sparse optimizer.
+
+    Told by identity: a table of any kernel is below a sharded or unsharded embedding collection, whatever its shape.
+    """
+    tables = {
+        id(parameter)
+        for module in model.modules()
+        if isinstance(module, ShardedEmbeddingModule | EmbeddingCollection | EmbeddingBagCollection)
+        for parameter in module.parameters()
+    }
+
+    def rule(module: nn.Module, parameter_name: str) -> Role | None:
+        if id(getattr(module, parameter_name)) in tables:
+            return Role("sparse", "rows of a table, updated in the backward pass")
+        return None
+
+    return rule
+
+
+def _adamw(named: list[tuple[str, torch.Tensor]], **settings: Any) -> torch.optim.AdamW:
+    optimizer = torch.optim.AdamW([p for _, p in named], **settings)
+    # State exists from construction: DCP gathers keys collectively and loads in place.
+    for parameter in optimizer.param_groups[0]["params"]:
+        optimizer.state[parameter] = {
+            "step": torch.tensor(0.0),
+            "exp_avg": torch.zeros_like(parameter),
+            "exp_avg_sq": torch.zeros_like(parameter),
+        }
+    return optimizer
+
+
+def _table_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    for module in model.modules():
+        if isinstance(module, EmbeddingCollection):
+            yield from ((name, table.weight) for name, table in module.embeddings.items())
+        elif isinstance(module, EmbeddingBagCollection):
+            yield from ((name, table.weight) for name, table in module.embedding_bags.items())
+
+
+def _kernels(model: nn.Module) -> Iterator[BaseBatchedEmbedding]:
+    for module in model.modules():
+        if isinstance(module, ShardedEmbeddingModule):
+            for lookup in module._lookups:
+                for kernel in lookup._emb_modules:
+                    yield kernel

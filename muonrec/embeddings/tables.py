@@ -1,0 +1,102 @@
+"""Tables: the item table every sequence model shares, and weights that do not depend on how it is sharded."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch.distributed._shard.sharded_tensor import ShardedTensor
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.modules.embedding_configs import EmbeddingConfig
+from torchrec.modules.embedding_modules import EmbeddingCollection
+
+from muonrec.batch import CANDIDATES, HISTORY, TARGETS
+from muonrec.config import Config
+
+SparseOptimizer = Literal["rowwise_adagrad", "adagrad", "sgd"]
+Sharding = Literal["auto", "row_wise", "table_wise", "column_wise", "data_parallel"]
+
+# Rows are drawn in blocks of this many, each from a generator of its own, so that a shard draws only what it needs.
+_ROWS_PER_BLOCK = 4096
+
+
+class TableConfig(Config):
+    """How one table is initialised, sharded and updated.
+
+    Args:
+        optimizer: fused into the backward pass; FBGEMM's EXACT_ROWWISE_ADAGRAD, EXACT_ADAGRAD or EXACT_SGD.
+        lr: its learning rate; there is no default, since none fits every table.
+        eps: added to the root of Adagrad's sum.
+        sharding: ``auto`` leaves the choice to TorchRec's planner.
+        init_std: standard deviation of the normal the rows are drawn from.
+    """
+
+    optimizer: SparseOptimizer = "rowwise_adagrad"
+    lr: float = Field(gt=0)
+    eps: float = Field(default=1e-8, gt=0)
+    sharding: Sharding = "auto"
+    init_std: float = Field(default=0.02, ge=0)
+
+
+def item_table(num_items: int, embedding_dim: int) -> EmbeddingCollection:
+    """The table ``item`` with its three features, on the meta device: `DistributedModelParallel` makes the shards."""
+    config = EmbeddingConfig(
+        name="item",
+        num_embeddings=num_items,
+        embedding_dim=embedding_dim,
+        feature_names=[HISTORY, TARGETS, CANDIDATES],
+    )
+    # A device given as a string breaks materialisation: torchrec compares it with a torch.device.
+    return EmbeddingCollection(tables=[config], device=torch.device("meta"))
+
+
+def initialize_tables(model: DistributedModelParallel, *, std: dict[str, float], seed: int) -> None:
+    """Draw every table's rows from a normal, as a function of seed, table and row alone: any sharding gets the same table.
+
+    Args:
+        model: sharded; written in place, each rank its own shards.
+        std: standard deviation by table name.
+        seed: of the draws.
+
+    Raises:
+        ValueError: a table of the model has no entry in ``std``.
+    """
+    for key, value in model.state_dict().items():
+        table = table_of(key)
+        if table is None:
+            continue
+        if table not in std:
+            raise ValueError(f"table {table!r} has no init_std; known tables: {sorted(std)}")
+        if isinstance(value, ShardedTensor):
+            for shard in value.local_shards():
+                (row, column), (rows, columns) = shard.metadata.shard_offsets, shard.metadata.shard_sizes
+                _draw(shard.tensor, row, column, rows, columns, width=value.size(1), std=std[table], seed=(seed, table))
+        else:
+            _draw(value, 0, 0, *value.shape, width=value.size(1), std=std[table], seed=(seed, table))
+
+
+def table_of(key: str) -> str | None:
+    """Name of the table whose weight stands under ``key`` of a model's state dict, or None for other parameters."""
+    parts = key.split(".")
+    if len(parts) >= 3 and parts[-1] == "weight" and parts[-3] in ("embeddings", "embedding_bags"):
+        return parts[-2]
+    return None
+
+
+def _draw(
+    out: torch.Tensor, row: int, column: int, rows: int, columns: int, *, width: int, std: float, seed: tuple[int, str]
+) -> None:
+    first_block, last_block = row // _ROWS_PER_BLOCK, (row + rows - 1) // _ROWS_PER_BLOCK
+    for block in range(first_block, last_block + 1 if rows else first_block):
+        generator = torch.Generator().manual_seed(_mix(seed[0], seed[1], block))
+        drawn = torch.randn(_ROWS_PER_BLOCK, width, generator=generator) * std
+        first, last = max(row, block * _ROWS_PER_BLOCK), min(row + rows, (block + 1) * _ROWS_PER_BLOCK)
+        kept = drawn[first - block * _ROWS_PER_BLOCK : last - block * _ROWS_PER_BLOCK, column : column + columns]
+        out.detach()[first - row : last - row].copy_(kept)
+
+
+def _mix(seed: int, table: str, block: int) -> int:
+    digest = hashlib.md5(f"{seed}/{table}/{block}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1

@@ -1,0 +1,52 @@
+"""Ranks: one call that joins the process group torchrun describes, and the facts every stage asks about it."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+
+
+@dataclasses.dataclass(frozen=True)
+class Ranks:
+    """This process among the others: ``rank`` of ``num_ranks`` (global), on ``device``."""
+
+    rank: int
+    num_ranks: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+
+@contextmanager
+def join_ranks(*, timeout_s: float = 600.0) -> Iterator[Ranks]:
+    """Join the process group described by torchrun's environment, or be the only rank without it.
+
+    gloo on a CPU, NCCL on CUDA (gloo beside it for CPU tensors). A collective that waits longer than ``timeout_s``
+    fails instead of blocking. The group is destroyed on leaving the block.
+
+    Yields:
+        Ranks: on CUDA, the device ``LOCAL_RANK`` names is made current.
+    """
+    cuda = torch.cuda.is_available()
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    timeout = datetime.timedelta(seconds=timeout_s)
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    try:
+        yield Ranks(dist.get_rank(), dist.get_world_size(), device)
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,43 @@
+"""ShardedEncoder: users and items of a sharded model as vectors, as the retrieval wants them."""
+
+# B = users of the batch, C = items asked for, D = width
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from muonrec.batch import CANDIDATES, HISTORY, TARGETS, SequenceBatch
+
+
+class ShardedEncoder:
+    """A trained model behind `retrieval`: every rank must make the same calls in the same order.
+
+    Args:
+        model: `DistributedModelParallel` around one of MODELS; put into evaluation mode by each call.
+        num_items: rows of the item table.
+        device: where batches go.
+    """
+
+    def __init__(self, model: DistributedModelParallel, *, num_items: int, device: torch.device) -> None:
+        self.model = model
+        self.num_items = num_items
+        self.device = device
+
+    @torch.no_grad()
+    def user_vectors(self, batch: SequenceBatch) -> torch.Tensor:
+        """Float32 ``[B, D]``: the state after each user's latest event."""
+        self.model.eval()
+        return self.model(batch.to(self.device)).float()
+
+    @torch.no_grad()
+    def item_vectors(self, item_ids_C: torch.Tensor) -> torch.Tensor:
+        """Float32 ``[C, D]``: rows of the item table; ids int64, none twice is not required."""
+        lengths = torch.tensor([0, 0, item_ids_C.numel()], device=self.device)
+        features = KeyedJaggedTensor(
+            keys=[HISTORY, TARGETS, CANDIDATES], values=item_ids_C.to(self.device), lengths=lengths, stride=1
+        )
+        embeddings: nn.Module = self.model.module.embeddings
+        return embeddings(features)[CANDIDATES].values().float()

@@ -1,0 +1,98 @@
+"""Orthogonalizes matrices by Newton-Schulz iteration, the step that makes Muon Muon (Jordan, 2024)."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+# R = rows, C = columns
+
+Coefficients = tuple[float, float, float]
+
+# Jordan 2024, https://kellerjordan.github.io/posts/muon/: the quintic with the steepest slope at zero, so singular
+# values end anywhere in about [0.7, 1.2]. Do not "correct" these towards convergence.
+JORDAN_COEFFICIENT: Coefficients = (3.4445, -4.7750, 2.0315)
+JORDAN_COEFFICIENTS: tuple[Coefficients, ...] = (JORDAN_COEFFICIENT,) * 5
+
+# Not float16: it is cast before the norm is divided out, and there squares overflow above 256.
+NS_DTYPES = (torch.bfloat16, torch.float32, torch.float64)
+
+
+def orthogonalize(
+    update_RC: Tensor,
+    coefficients: Sequence[Coefficients] = JORDAN_COEFFICIENTS,
+    eps: float = 1e-7,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Tensor:
+    """Replace each matrix ``U S V^T`` by ``U S' V^T`` with ``S'`` near 1 (Jordan, 2024).
+
+    The operations and their order are those of ``torch.optim.Muon``, so that a single matrix gives the same bits.
+
+    Args:
+        update_RC: ``[..., R, C]``, floating point. Not modified.
+        coefficients: one ``(a, b, c)`` per iteration of ``aX + (bA + cA^2)X``, ``A = X X^T``.
+        eps: floor of the Frobenius norm, in the units of ``update_RC``. Above it the scale of the input has no effect.
+        dtype: what the iteration runs in, one of ``NS_DTYPES``.
+
+    Returns:
+        ``[..., R, C]``, dtype of ``update_RC``. Zero stays zero; a NaN or an infinity makes its whole matrix NaN.
+
+    Raises:
+        ValueError: ``update_RC`` has fewer than two dimensions, or ``dtype`` is not one of ``NS_DTYPES``.
+    """
+    if update_RC.ndim < 2:
+        raise ValueError(
+            f"orthogonalize needs matrices [..., R, C] but got shape {tuple(update_RC.shape)}; "
+            "give vectors and scalars to AdamW"
+        )
+    if dtype not in NS_DTYPES:
+        raise ValueError(f"Newton-Schulz was asked to run in {dtype}; use one of {', '.join(map(str, NS_DTYPES))}")
+    if update_RC.numel() == 0:
+        return torch.zeros_like(update_RC)
+
+    # The Gram matrix is taken on the short side: fewer operations, and never rank deficient by shape alone.
+    is_tall = update_RC.shape[-2] > update_RC.shape[-1]
+    x_RC = update_RC.to(dtype)
+    x_RC = x_RC.mT if is_tall else x_RC
+    # The Frobenius norm bounds the spectral norm, and the iteration needs singular values of at most 1. Divided out of
+    # place: .to() may have returned the caller's own tensor (torch 2.13's Muon normalizes its momentum this way).
+    norm = x_RC.norm() if x_RC.ndim == 2 else torch.linalg.vector_norm(x_RC, dim=(-2, -1), keepdim=True)
+    x_RC = x_RC / norm.clamp(min=eps)
+
+    for a, b, c in coefficients:
+        gram_RR = x_RC @ x_RC.mT
+        polynomial_RR = _addmm(gram_RR, gram_RR, gram_RR, beta=b, alpha=c)
+        x_RC = _addmm(x_RC, polynomial_RR, x_RC, beta=a, alpha=1.0)
+
+    return (x_RC.mT if is_tall else x_RC).to(update_RC.dtype)
+
+
+def coefficients_per_step(
+    ns_coefficients: Sequence[float] | Sequence[Coefficients], ns_steps: int
+) -> list[Coefficients]:
+    """Spell out what ``torch.optim.Muon`` abbreviates: one triple for all steps, or one triple for each.
+
+    Raises:
+        ValueError: neither a triple nor ``ns_steps`` triples, or ``ns_steps`` is outside 1 to 99 (torch's limit).
+    """
+    if not 0 < ns_steps < 100:
+        raise ValueError(f"ns_steps is {ns_steps}; use 1 to 99 (5 is Jordan's)")
+    if len(ns_coefficients) == 3 and all(isinstance(number, int | float) for number in ns_coefficients):
+        return [tuple(ns_coefficients)] * ns_steps  # type: ignore[list-item]
+    if len(ns_coefficients) == ns_steps and all(
+        isinstance(triple, Sequence) and len(triple) == 3 for triple in ns_coefficients
+    ):
+        return [tuple(triple) for triple in ns_coefficients]  # type: ignore[arg-type, misc]
+    raise ValueError(
+        f"ns_coefficients is {ns_coefficients!r} with ns_steps={ns_steps}; "
+        f"give one triple (a, b, c) for all steps, or a sequence of {ns_steps} triples"
+    )
+
+
+def _addmm(input_RC: Tensor, left_RR: Tensor, right_RC: Tensor, *, beta: float, alpha: float) -> Tensor:
+    """``beta * input + alpha * left @ right`` for one matrix or a batch of them, in one kernel."""
+    if input_RC.ndim == 2:
+        return torch.addmm(input_RC, left_RR, right_RC, beta=beta, alpha=alpha)
+    batch_shape = input_RC.shape[:-2]
+    flat = [x.reshape(-1, *x.shape[-2:]) for x in (input_RC, left_RR, right_RC)]
+    return torch.baddbmm(*flat, beta=beta, alpha=alpha).reshape(*batch_shape, *input_RC.shape[-2:])

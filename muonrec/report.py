@@ -1,0 +1,690 @@
+"""The report: one self-contained HTML page over finished runs, its sentences written from the numbers."""
+
+# N = users
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from muonrec.metrics import Interval, metrics_per_user, paired_bootstrap_difference
+from muonrec.runlog import read_metrics
+
+REPORT, METRICS, RANKS = "report.html", "metrics.json", "ranks.parquet"
+
+# Okabe & Ito 2008: told apart by colour-blind readers, and legible on white and on near-black alike.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+_DASHES = ("-", "--", ":")  # of the runs beyond the colours
+_INK = "#010203"  # stands for the reader's text colour, see _svg
+
+
+@dataclasses.dataclass(frozen=True)
+class Ranked:
+    """Where each user's held-out item stood, as ``ranks.parquet`` keeps it: what pairs one run with another.
+
+    Args:
+        columns: ``user_id``, ``target``, ``num_greater``, ``num_equal``, ``history_length``, ``target_train_count``;
+            int64 ``[N]`` each, in order of the users.
+        protocol: what was ranked: part, mask_seen, num_items, fingerprint of the data set. Only equal ones compare.
+    """
+
+    columns: dict[str, np.ndarray]
+    protocol: dict[str, Any]
+
+    @property
+    def num_greater(self) -> np.ndarray:
+        return self.columns["num_greater"]
+
+    @property
+    def num_equal(self) -> np.ndarray:
+        return self.columns["num_equal"]
+
+
+@dataclasses.dataclass(frozen=True)
+class RunRecord:
+    """What one run left in its folder; parts that are not there yet are empty.
+
+    Args:
+        name: shown in tables and legends.
+        config: resolved config, flattened to ``section.key``.
+        training: lines of metrics.jsonl with a loss, by step.
+        validation: lines with ``valid_`` metrics, by step.
+        metrics: metrics.json of the evaluation; empty before it.
+        ranked: ranks.parquet of the evaluation; None before it.
+        routing: which parameter went to which optimizer, as printed.
+        plan: how the tables are sharded, as printed.
+    """
+
+    name: str
+    config: dict[str, Any]
+    training: list[dict[str, Any]]
+    validation: list[dict[str, Any]]
+    metrics: dict[str, Any]
+    ranked: Ranked | None
+    routing: str = ""
+    plan: str = ""
+
+
+def read_run(folder: str | Path, *, name: str | None = None) -> RunRecord:
+    """Read what train and eval left in ``folder``; ``name`` is the folder's unless given.
+
+    Raises:
+        ValueError: it is not the folder of a run, or a file in it is damaged.
+    """
+    folder = Path(folder)
+    if not (folder / "resolved.yaml").is_file():
+        raise ValueError(
+            f"{folder} has no resolved.yaml, so it is not the folder of a run; pass a train stage's output"
+        )
+    log = folder / "metrics.jsonl"
+    lines = read_metrics(log) if log.is_file() else []
+    return RunRecord(
+        name=name or folder.resolve().name,
+        config=_flat(yaml.safe_load((folder / "resolved.yaml").read_text()) or {}),
+        training=_by_step(line for line in lines if "loss_nats" in line),
+        validation=_by_step(line for line in lines if any(key.startswith("valid_") for key in line)),
+        metrics=_read_json(folder / METRICS),
+        ranked=read_ranks(folder / RANKS) if (folder / RANKS).is_file() else None,
+        routing=_read_text(folder / "routing.txt"),
+        plan=_read_text(folder / "plan.txt"),
+    )
+
+
+def read_runs(folders: Sequence[str | Path]) -> list[RunRecord]:
+    """Read several runs, named by the shortest end of the path that tells them apart."""
+    paths = [Path(folder).resolve() for folder in folders]
+    for depth in range(1, max((len(path.parts) for path in paths), default=1) + 1):
+        names = ["/".join(path.parts[-depth:]) for path in paths]
+        if len(set(names)) == len(names):
+            return [read_run(path, name=name) for path, name in zip(paths, names, strict=True)]
+    raise ValueError(f"a run is given twice among {', '.join(map(str, folders))}; name each once")
+
+
+def write_ranks(path: Path, ranked: Ranked) -> None:
+    """Write ``ranks.parquet``; the protocol travels in the schema's metadata."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = pa.table(ranked.columns).replace_schema_metadata({"protocol": json.dumps(ranked.protocol, sort_keys=True)})
+    pq.write_table(table, path, compression="zstd")
+
+
+def read_ranks(path: Path) -> Ranked:
+    """Read what `write_ranks` wrote. Raises ValueError if it is something else."""
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(path)
+    if b"protocol" not in (table.schema.metadata or {}):
+        raise ValueError(f"{path} does not say what was ranked; run python -m pipeline.eval on its folder again")
+    columns = {name: table.column(name).to_numpy() for name in table.column_names}
+    return Ranked(columns, json.loads(table.schema.metadata[b"protocol"]))
+
+
+def paired_differences(
+    control: RunRecord, arm: RunRecord, metric_names: Sequence[str], *, num_resamples: int = 1000, seed: int = 0
+) -> dict[str, Interval]:
+    """Relative difference of each metric of ``arm`` to ``control`` over the same users, with its 95 % interval.
+
+    Raises:
+        ValueError: a run was not evaluated, or the two were not evaluated alike; the message says what differs.
+    """
+    for run in (control, arm):
+        if run.ranked is None:
+            raise ValueError(f"{run.name} was not evaluated; run python -m pipeline.eval on its folder")
+    ours, theirs = control.ranked, arm.ranked
+    assert ours is not None and theirs is not None
+    unlike = [
+        f"{key} is {ours.protocol.get(key)!r} and {theirs.protocol.get(key)!r}"
+        for key in sorted(ours.protocol | theirs.protocol)
+        if ours.protocol.get(key) != theirs.protocol.get(key)
+    ]
+    if unlike:
+        raise ValueError(f"{control.name} and {arm.name} were not evaluated alike: {'; '.join(unlike)}")
+    if not all(np.array_equal(ours.columns[key], theirs.columns[key]) for key in ("user_id", "target")):
+        raise ValueError(f"{control.name} and {arm.name} were not evaluated on the same users and targets")
+
+    ks = sorted({int(name.partition("@")[2]) for name in metric_names if "@" in name})
+    of_control, of_arm = metrics_per_user(ours, k=ks), metrics_per_user(theirs, k=ks)
+    return {
+        name: paired_bootstrap_difference(of_control[name], of_arm[name], num_resamples=num_resamples, seed=seed)
+        for name in metric_names
+    }
+
+
+def first_reaching(validation: Sequence[Mapping[str, Any]], key: str, target: float) -> Mapping[str, Any] | None:
+    """The first evaluation at which the median of three successive values of ``key`` is at least ``target``.
+
+    The median is of an evaluation and the two before it, so that one lucky evaluation does not count; the first two
+    evaluations have no such median and never count.
+    """
+    points = [point for point in validation if key in point]
+    for three in zip(points, points[1:], points[2:], strict=False):
+        if float(np.median([point[key] for point in three])) >= target:
+            return three[-1]
+    return None
+
+
+def write_report(
+    folder: str | Path, runs: Sequence[RunRecord], *, main_metric: str = "ndcg@10", title: str | None = None
+) -> Path:
+    """Write ``report.html`` over ``runs`` into ``folder``; the first run is the control of every comparison.
+
+    Args:
+        folder: existing or not.
+        runs: at least one; those that were not evaluated yet appear in the curves only.
+        main_metric: of the headline, the curves and the breakdowns.
+        title: of the page; the runs' names unless given.
+
+    Raises:
+        ImportError: matplotlib or jinja2 is missing.
+        ValueError: no run was given.
+    """
+    if not runs:
+        raise ValueError("a report of no runs was asked; pass at least one from muonrec.report.read_run")
+    try:
+        import jinja2
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise ImportError(f"{error.name} is not installed; pip install 'muonrec[report]'") from error
+
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    template = environment.from_string(files("muonrec").joinpath("report.html.j2").read_text())
+    valid_key = _valid_key(runs, main_metric)
+    differences = _differences(runs, main_metric)
+    page = template.render(
+        title=title or _title(runs),
+        headline=headline(runs, differences, main_metric),
+        results=_results(runs, main_metric),
+        differences=differences,
+        targets=_steps_to_target(runs, valid_key),
+        valid_name=valid_key.removeprefix("valid_"),
+        control=runs[0].name,
+        figures=_figures(runs, valid_key, main_metric),
+        breakdowns=_breakdowns(runs, main_metric),
+        main_metric=main_metric,
+        runs=[_facts(run, valid_key, style) for run, style in zip(runs, _styles(runs), strict=True)],
+        config_names=[run.name for run in runs],
+        config_differences=config_differences(runs),
+        texts={title: _texts(runs, key) for title, key in (("Routing", "routing"), ("Sharding plan", "plan"))},
+        versions=_versions(runs),
+    )
+    path = Path(folder) / REPORT
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(page)
+    return path
+
+
+# Sentences and tables -------------------------------------------------------------------------------------------------
+
+
+def _title(runs: Sequence[RunRecord]) -> str:
+    if len(runs) <= 2:
+        return " against ".join(run.name for run in reversed(runs))
+    return f"{len(runs) - 1} runs against {runs[0].name}"
+
+
+def headline(runs: Sequence[RunRecord], differences: Sequence[Mapping[str, Any]], main_metric: str) -> str:
+    """Say in two or three sentences how the last run does, and where it stands to the control."""
+    arm, control = runs[-1], runs[0]
+    if not arm.metrics:
+        return f"{arm.name} has not been evaluated yet; below is how it trained."
+    if main_metric not in arm.metrics["metrics"]:
+        return f"{arm.name} was evaluated without {main_metric}; run python -m pipeline.eval with that length among k."
+    value = arm.metrics["metrics"][main_metric]
+    name = main_metric.upper()
+    sentences = [
+        f"{arm.name} reaches {name} {value['mean']:.4f} (95 % interval {value['low']:.4f} to {value['high']:.4f}) "
+        f"on the {arm.metrics['part']} items of {arm.metrics['num_users']:,} users, ranked against all "
+        f"{arm.metrics['num_items']:,} items{' but those the user has seen' if arm.metrics['mask_seen'] else ''}"
+    ]
+    popularity = arm.metrics["popularity"]["metrics"][main_metric]["mean"]
+    if popularity > 0:
+        sentences[0] += f": {_times(value['mean'] / popularity)} what ranking by popularity reaches"
+    best = (arm.metrics.get("best_possible") or {}).get(main_metric)
+    if best:
+        sentences[0] += f", {value['mean'] / best:.0%} of the best possible"
+    for row in differences:
+        if row["arm"] == arm.name and row["metric"] == main_metric:
+            if row["fault"]:
+                sentences.append(f"It cannot be paired with {control.name}: {row['fault']}")
+            elif row["interval"].contains_zero:
+                sentences.append(
+                    f"No difference to {control.name} is shown: {_percent(row['interval'].mean)}, "
+                    f"95 % interval {_percent(row['interval'].low)} to {_percent(row['interval'].high)}"
+                )
+            else:
+                word = "better" if row["interval"].mean > 0 else "worse"
+                sentences.append(
+                    f"It is {abs(row['interval'].mean):.1%} {word} than {control.name} (paired "
+                    f"over users, 95 % interval {_percent(row['interval'].low)} to {_percent(row['interval'].high)})"
+                )
+    return ". ".join(sentences) + "."
+
+
+def config_differences(runs: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
+    """Settings that are not the same in all runs, each with its value per run; where a run was written is none."""
+    keys = sorted({key for run in runs for key in run.config} - {"output"})
+    rows = [(key, [_short(run.config.get(key, "–")) for run in runs]) for key in keys]
+    return [(key, values) for key, values in rows if len(set(values)) > 1]
+
+
+def _results(runs: Sequence[RunRecord], main_metric: str) -> dict[str, Any]:
+    """Rows of the results table: each evaluated run, and per protocol popularity and the best possible."""
+    evaluated = [run for run in runs if run.metrics]
+    names = list(dict.fromkeys(name for run in evaluated for name in run.metrics["metrics"]))
+    # mrr at several lengths says what ndcg says: metrics.json has it, the table would grow past the page.
+    names = [name for name in names if not name.startswith("mrr@") or name == main_metric]
+    names.sort(key=lambda name: (name != main_metric, ("ndcg", "recall", "mrr").index(name.partition("@")[0])))
+    wanted = f"coverage@{main_metric.partition('@')[2]}"
+    coverages = [wanted] if any(wanted in run.metrics["coverage"] for run in evaluated) else []
+    rows, protocols = [], []
+    for run in evaluated:
+        rows.append(_result_row(run.name, run.metrics, "run"))
+        protocol = [run.metrics[key] for key in ("part", "mask_seen", "num_users", "num_items")]
+        if protocol not in protocols:
+            protocols.append(protocol)
+            rows.append(_result_row("popularity", run.metrics["popularity"], "reference"))
+            if best := run.metrics.get("best_possible"):
+                cells = {name: {"mean": value} for name, value in best.items() if name in names}
+                rows.append(_result_row("best possible", {"metrics": cells, "coverage": {}}, "reference"))
+    rows.sort(key=lambda row: row["kind"] != "run")
+    # No bold face for the largest number of a column: whether it is larger is for the paired intervals to say.
+    notes = [
+        f"{part} items of {users:,} users, full ranking over {items:,} items, "
+        + ("items seen before left out" if masked else "items seen before included")
+        for part, masked, users, items in protocols
+    ]
+    return {"names": names, "coverages": coverages, "rows": rows, "notes": notes}
+
+
+def _result_row(name: str, metrics: Mapping[str, Any], kind: str) -> dict[str, Any]:
+    return {"name": name, "kind": kind, "metrics": metrics["metrics"], "coverage": metrics["coverage"]}
+
+
+def _differences(runs: Sequence[RunRecord], main_metric: str) -> list[dict[str, Any]]:
+    control, rows = runs[0], []
+    for arm in runs[1:]:
+        names = list(dict.fromkeys([main_metric, "ndcg@10", "recall@10", "mrr"]))
+        try:
+            intervals: Mapping[str, Interval] = paired_differences(control, arm, names)
+        except ValueError as error:
+            rows.append({"arm": arm.name, "metric": main_metric, "fault": str(error), "interval": None, "verdict": ""})
+            continue
+        for name, interval in intervals.items():
+            verdict = "no difference shown" if interval.contains_zero else "better" if interval.mean > 0 else "worse"
+            cells = {part: _percent(value) for part, value in interval._asdict().items()}
+            row: dict[str, Any] = {"arm": arm.name, "metric": name, "fault": "", "cells": cells}
+            rows.append(row | {"interval": interval, "verdict": verdict})
+    return rows
+
+
+def _steps_to_target(runs: Sequence[RunRecord], valid_key: str) -> list[dict[str, Any]]:
+    """When each run first reaches 99 % and 100 % of the control's best validation value."""
+    best = max((point[valid_key] for point in runs[0].validation if valid_key in point), default=None)
+    if best is None or len(runs) < 2:
+        return []
+    rows = []
+    for run in runs:
+        row: dict[str, Any] = {"name": run.name, "cells": []}
+        for share in (0.99, 1.0):
+            point = first_reaching(run.validation, valid_key, share * best)
+            row["cells"].append(
+                "not reached" if point is None else f"step {point['step']:,} · {_seconds(point.get('seconds'))}"
+            )
+        rows.append(row)
+    return rows
+
+
+def _facts(run: RunRecord, valid_key: str, style: Mapping[str, Any]) -> dict[str, Any]:
+    last = run.training[-1] if run.training else {}
+    rates = [line["events_per_s"] for line in run.training if "events_per_s" in line]
+    points = [point for point in run.validation if valid_key in point]
+    best = max(points, key=lambda point: point[valid_key], default=None)
+    return {
+        "name": run.name,
+        "colour": style["color"],
+        "steps": f"{last['step']:,}" if last else "–",
+        "seconds": _seconds(last.get("seconds")),
+        "rate": f"{np.median(rates):,.0f}" if rates else "–",
+        "loss": f"{last['loss_nats']:.3f}" if last else "–",
+        "best": f"{best[valid_key]:.4f} at step {best['step']:,}" if best else "–",
+        "checkpoint": f"step {run.metrics['checkpoint_step']:,}"
+        if run.metrics.get("checkpoint_step") is not None
+        else "–",
+        "eval_rate": f"{run.metrics['users_per_s']:,.0f}" if run.metrics.get("users_per_s") else "–",
+    }
+
+
+def _breakdowns(runs: Sequence[RunRecord], main_metric: str) -> list[dict[str, Any]]:
+    """Per breakdown: its groups, with the users and the main metric of each run."""
+    evaluated = [run for run in runs if run.metrics.get("breakdowns")]
+    tables = []
+    for title in dict.fromkeys(title for run in evaluated for title in run.metrics["breakdowns"]):
+        holders = [run for run in evaluated if title in run.metrics["breakdowns"]]
+        labels = list(dict.fromkeys(row["group"] for run in holders for row in run.metrics["breakdowns"][title]))
+        rows = []
+        for label in labels:
+            found: list[dict[str, Any]] = [
+                next((r for r in run.metrics["breakdowns"][title] if r["group"] == label), {}) for run in holders
+            ]
+            cells = [row.get(main_metric) for row in found]
+            rows.append({"group": label, "num_users": max(row.get("num_users", 0) for row in found), "cells": cells})
+        tables.append({"title": title, "names": [run.name for run in holders], "rows": rows})
+    return tables
+
+
+def _texts(runs: Sequence[RunRecord], key: str) -> list[dict[str, str]]:
+    """Each distinct text once, under the names of the runs that share it."""
+    texts: dict[str, list[str]] = {}
+    for run in runs:
+        if getattr(run, key).strip():
+            texts.setdefault(getattr(run, key).rstrip(), []).append(run.name)
+    return [{"names": ", ".join(names), "text": text} for text, names in texts.items()]
+
+
+def _versions(runs: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
+    names = sorted({name for run in runs for name in run.metrics.get("versions", {})})
+    return [(name, [str(run.metrics.get("versions", {}).get(name, "–")) for run in runs]) for name in names]
+
+
+def _valid_key(runs: Sequence[RunRecord], main_metric: str) -> str:
+    """The validation value that the curves show: the main metric's, or the first that was logged."""
+    keys = [key for run in runs for point in run.validation for key in point if key.startswith("valid_")]
+    wanted = f"valid_{main_metric}"
+    return wanted if wanted in keys or not keys else next((key for key in keys if "ndcg" in key), keys[0])
+
+
+# Figures --------------------------------------------------------------------------------------------------------------
+
+
+def _figures(runs: Sequence[RunRecord], valid_key: str, main_metric: str) -> dict[str, str]:
+    """SVG text by name; a figure that would be empty is an empty text."""
+    import matplotlib
+
+    settings = {
+        "svg.fonttype": "none",  # text stays text: it can be searched, and takes the page's font
+        "svg.hashsalt": "muonrec",  # the same runs give the same bytes
+        "font.family": "sans-serif",
+        "font.size": 10,
+        "text.color": _INK,
+        "axes.edgecolor": _INK,
+        "axes.labelcolor": _INK,
+        "axes.titlesize": 10,
+        "axes.titlelocation": "left",
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "axes.formatter.useoffset": False,
+        "axes.formatter.limits": (-4, 6),
+        "grid.color": "#888888",
+        "grid.alpha": 0.25,
+        "xtick.color": _INK,
+        "ytick.color": _INK,
+        "legend.frameon": False,
+        "lines.linewidth": 1.8,
+        "figure.constrained_layout.use": True,
+    }
+    with matplotlib.rc_context(settings):
+        return {
+            "results": _draw_results(runs, main_metric),
+            "validation": _draw_validation(runs, valid_key),
+            "loss": _draw_loss(runs),
+            "rates": _draw_rates(runs),
+            "breakdowns": _draw_breakdowns(runs, main_metric),
+        }
+
+
+def _draw_results(runs: Sequence[RunRecord], main_metric: str) -> str:
+    rows = [
+        (run.name, run.metrics["metrics"][main_metric], style)
+        for run, style in zip(runs, _styles(runs), strict=True)
+        if main_metric in run.metrics.get("metrics", {})
+    ]
+    if not rows:
+        return ""
+    figure, (axis,) = _subplots(1, height=0.9 + 0.32 * (len(rows) + 1))
+    metrics = next(run.metrics for run in runs if run.metrics)
+    for place, (_, value, style) in enumerate(rows):
+        axis.errorbar(value["mean"], place, xerr=_reach(value), fmt="o", color=style["color"], capsize=4, markersize=6)
+    popularity = metrics["popularity"]["metrics"][main_metric]
+    axis.errorbar(popularity["mean"], len(rows), xerr=_reach(popularity), fmt="s", color="#888888", capsize=4)
+    if best := (metrics.get("best_possible") or {}).get(main_metric):
+        axis.axvline(best, color="#888888", linestyle="--")
+        axis.annotate("best possible", (best, len(rows)), (-6, 0), textcoords="offset points", ha="right", va="center")
+    axis.set_yticks(range(len(rows) + 1), [name for name, _, _ in rows] + ["popularity"])
+    axis.set_ylim(len(rows) + 0.6, -0.6)
+    axis.set_xlim(left=0)
+    axis.set_xlabel(f"{_pretty(main_metric)} on the {metrics['part']} items, 95 % interval")
+    axis.grid(visible=False, axis="y")
+    return _svg(figure)
+
+
+def _draw_validation(runs: Sequence[RunRecord], valid_key: str) -> str:
+    if not any(valid_key in point for run in runs for point in run.validation):
+        return ""
+    timed = any("seconds" in point for run in runs for point in run.validation)
+    figure, axes = _subplots(1 + timed, height=3.4, sharey=True)
+    for run, style in zip(runs, _styles(runs), strict=True):
+        points = [point for point in run.validation if valid_key in point]
+        marker = {"marker": "o", "markersize": 3.5} if len(points) <= 60 else {}
+        axes[0].plot([p["step"] for p in points], [p[valid_key] for p in points], label=run.name, **style, **marker)
+        if timed:
+            points = [point for point in points if "seconds" in point]
+            axes[1].plot([p["seconds"] for p in points], [p[valid_key] for p in points], **style, **marker)
+    best = max((point[valid_key] for point in runs[0].validation if valid_key in point), default=None)
+    for axis, label in zip(axes, ("training step", "training time (s)"), strict=False):
+        axis.set_xlabel(label)
+        axis.set_xlim(left=0)
+        if best is not None and len(runs) > 1:
+            axis.axhline(best, color="#888888", linewidth=1, linestyle=(0, (1, 2)))
+    if best is not None and len(runs) > 1:
+        axes[0].annotate(
+            f"best of {runs[0].name}",
+            (0.02, best),
+            (0, 3),
+            xycoords=("axes fraction", "data"),
+            textcoords="offset points",
+        )
+    axes[0].set_ylabel(f"validation {_pretty(valid_key.removeprefix('valid_'))}")
+    axes[0].legend(loc="lower right")
+    return _svg(figure)
+
+
+def _draw_loss(runs: Sequence[RunRecord]) -> str:
+    if not any(run.training for run in runs):
+        return ""
+    figure, (axis,) = _subplots(1, height=3.2)
+    for run, style in zip(runs, _styles(runs), strict=True):
+        steps = np.array([line["step"] for line in run.training])
+        loss = np.array([line["loss_nats"] for line in run.training])
+        window = len(loss) // 40
+        if window > 1:  # the eye wants the course, the raw line shows that smoothing hides nothing
+            axis.plot(steps, loss, **(style | {"linewidth": 0.6, "alpha": 0.35}))
+            kernel = np.ones(window) / window
+            steps, loss = steps[window - 1 :], np.convolve(loss, kernel, mode="valid")
+        axis.plot(steps, loss, label=run.name, **style)
+    finite = np.array([line["loss_nats"] for run in runs for line in run.training])
+    finite = finite[np.isfinite(finite)]
+    if finite.size:  # the fall of the first steps would flatten everything after it
+        low, high = finite.min(), np.quantile(finite, 0.98)
+        margin = 0.05 * (high - low) or 0.1
+        axis.set_ylim(low - margin, high + 2 * margin)
+    axis.set_xlabel("training step")
+    axis.set_ylabel("training loss (nats per target)")
+    axis.set_xlim(left=0)
+    axis.legend(loc="upper right")
+    return _svg(figure)
+
+
+def _draw_rates(runs: Sequence[RunRecord]) -> str:
+    keys = sorted({key for run in runs for line in run.training for key in line if key.startswith("lr_")})
+    if not keys:
+        return ""
+    figure, axes = _subplots(len(keys), height=2.7)
+    for axis, key in zip(axes, keys, strict=True):
+        for run, style in zip(runs, _styles(runs), strict=True):
+            lines = [line for line in run.training if line.get(key) is not None]
+            if lines:
+                axis.plot([line["step"] for line in lines], [line[key] for line in lines], label=run.name, **style)
+        axis.set_title(key.removeprefix("lr_"))
+        axis.set_xlabel("training step")
+        axis.set_xlim(left=0)
+        axis.set_ylim(bottom=0)
+        axis.xaxis.set_major_locator(_max_ticks(5))
+        axis.yaxis.set_major_formatter(lambda rate, _: f"{rate:g}")
+    handles = {name: handle for axis in axes for handle, name in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles.keys(), loc="outside upper left", ncols=3)
+    axes[0].set_ylabel("learning rate")
+    return _svg(figure)
+
+
+def _draw_breakdowns(runs: Sequence[RunRecord], main_metric: str) -> str:
+    styles = {run.name: style for run, style in zip(runs, _styles(runs), strict=True)}
+    tables = _breakdowns(runs, main_metric)
+    if not any(cell for table in tables for row in table["rows"] for cell in row["cells"]):
+        return ""
+    figure, axes = _subplots(len(tables), height=3.0, sharey=True)
+    for axis, table in zip(axes, tables, strict=True):
+        labels = [f"{row['group']}\n{row['num_users']:,} users" for row in table["rows"]]
+        for index, name in enumerate(table["names"]):
+            shift = 0.5 * ((index + 0.5) / len(table["names"]) - 0.5)
+            known = [
+                (place + shift, row["cells"][index]) for place, row in enumerate(table["rows"]) if row["cells"][index]
+            ]
+            axis.errorbar(
+                [place for place, _ in known],
+                [cell["mean"] for _, cell in known],
+                yerr=np.concatenate([_reach(cell) for _, cell in known], axis=1) if known else None,
+                fmt="o",
+                markersize=5,
+                capsize=3,
+                color=styles[name]["color"],
+                label=name,
+            )
+        axis.set_xticks(range(len(labels)), labels)
+        axis.set_xlim(-0.6, len(labels) - 0.4)
+        axis.set_xlabel(table["title"])
+        axis.grid(visible=False, axis="x")
+    # Set once all is drawn, since the panels share it; a little below zero, so that a zero is seen whole.
+    highest = max(cell["high"] for table in tables for row in table["rows"] for cell in row["cells"] if cell) or 1.0
+    axes[0].set_ylim(-0.03 * highest, 1.06 * highest)
+    axes[0].set_ylabel(f"{_pretty(main_metric)}, 95 % interval")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper left", ncols=3)
+    return _svg(figure)
+
+
+def _subplots(count: int, *, height: float, sharey: bool = False) -> tuple[Any, list[Any]]:
+    # No pyplot: it keeps every figure alive and picks a window system.
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9.2, height))
+    axes = figure.subplots(1, count, squeeze=False, sharey=sharey)
+    return figure, list(axes[0])
+
+
+def _max_ticks(count: int) -> Any:
+    from matplotlib.ticker import MaxNLocator
+
+    return MaxNLocator(count)
+
+
+def _svg(figure: Any) -> str:
+    """The figure as SVG to be put into HTML; its ink becomes the page's text colour, light or dark."""
+    stream = io.StringIO()
+    figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    text = stream.getvalue()
+    text = text[text.index("<svg") :].replace(_INK, "currentColor")
+    text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.DOTALL)
+    # Inline figures share one name space; matplotlib numbers its groups anew in each.
+    text = re.sub(
+        r' id="(?:figure|axes|line2d|text|patch|matplotlib\.axis|xtick|ytick|legend|LineCollection)_\d+"', "", text
+    )
+    return re.sub(
+        r'(<svg[^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1), count=1
+    )
+
+
+def _styles(runs: Sequence[RunRecord]) -> list[dict[str, Any]]:
+    return [
+        {"color": _COLOURS[i % len(_COLOURS)], "linestyle": _DASHES[i // len(_COLOURS) % len(_DASHES)]}
+        for i in range(len(runs))
+    ]
+
+
+def _reach(value: Mapping[str, float]) -> np.ndarray:
+    """``[2, 1]``: how far the interval reaches below and above the mean."""
+    return np.maximum([[value["mean"] - value["low"]], [value["high"] - value["mean"]]], 0.0)
+
+
+# Words ----------------------------------------------------------------------------------------------------------------
+
+
+def _pretty(metric: str) -> str:
+    name, at, k = metric.partition("@")
+    return (name.upper() if name in ("ndcg", "mrr") else name.capitalize()) + at + k
+
+
+def _percent(share: float) -> str:
+    return f"{share:+.1%}".replace("-", "−")
+
+
+def _times(ratio: float) -> str:
+    return f"{ratio:.1f} times"
+
+
+def _seconds(seconds: float | None) -> str:
+    if seconds is None:
+        return "–"
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+# Files ----------------------------------------------------------------------------------------------------------------
+
+
+def _read_text(path: Path) -> str:
+    return path.read_text() if path.is_file() else ""
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(
+            f"{path} is not valid JSON: {error}; run python -m pipeline.eval on its folder again"
+        ) from error
+
+
+def _by_step(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One line per step, the last written, in order of the steps."""
+    by_step: dict[int, dict[str, Any]] = {}
+    for line in lines:
+        by_step[line["step"]] = by_step.get(line["step"], {}) | line
+    return [by_step[step] for step in sorted(by_step)]
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        path = f"{prefix}{key}"
+        flat.update(_flat(value, f"{path}.") if isinstance(value, Mapping) and value else {path: value})
+    return flat

@@ -1,0 +1,1 @@
+"""The stages data, train, eval and compare; they meet through files only."""

@@ -1,0 +1,334 @@
+"""Stage ``data``: raw logs to Parquet sequences and a manifest.
+
+    python -m pipeline.data configs/demo/sasrec.yaml [data.k_core=5 ...]
+
+Reads the section ``data`` of the config and nothing else of it. A repeated run with the same source and settings is
+recognised and skipped; a folder with other data is replaced only once the new data is complete.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import logging
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeAlias
+
+import pyarrow as pa
+import pydantic
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
+
+from muonrec.config import Config, parse_config, read_yaml
+from muonrec.data.events import READERS, CsvSource, ParquetSource, RecboleSource, SequencesSource, source_files
+from muonrec.data.sequences import EventStore, LeaveOneOut, Split
+from muonrec.data.shards import (
+    ITEMS,
+    SCHEMA_VERSION,
+    USERS,
+    BestPossible,
+    Manifest,
+    describe_file,
+    read_manifest,
+    replaced_folder,
+    shard_name,
+    verify_dataset,
+    write_manifest,
+    write_shards,
+    write_table,
+)
+from muonrec.data.synthetic import SyntheticSource, best_possible, read_synthetic
+
+logger = logging.getLogger("pipeline.data")
+
+SOURCES: dict[str, Callable[..., pa.RecordBatchReader]] = {**READERS, "synthetic": read_synthetic}
+
+Source: TypeAlias = Annotated[
+    SequencesSource | RecboleSource | CsvSource | ParquetSource | SyntheticSource,
+    pydantic.Field(discriminator="format"),
+]
+
+
+class DataConfig(Config):
+    """Section ``data``.
+
+    Attributes:
+        source: where the events come from, by ``format``.
+        output: folder of the data set.
+        k_core: users and items keep at least so many events; 0 and 1 keep all.
+        split: ``leave_one_out`` or ``{name: global_time, ...}``.
+        ties: order of a user's events of one second: ``shuffle`` (seeded) or ``file_order``.
+        seed: of the shuffle of ties.
+        num_shards: files that the users are dealt to.
+        memory_limit: of the database; does not change the result.
+    """
+
+    source: Source
+    output: Path
+    k_core: int = pydantic.Field(default=0, ge=0)
+    split: Split = LeaveOneOut()
+    ties: Literal["shuffle", "file_order"] = "shuffle"
+    seed: int = 0
+    num_shards: int = pydantic.Field(default=16, ge=1, le=99_999)
+    memory_limit: Annotated[str, pydantic.Field(pattern=r"^\d+(\.\d+)? ?[KMGT]i?B$")] = "4GiB"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the stage; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m pipeline.data", description="Raw logs to sequences and a manifest."
+    )
+    parser.add_argument("config", help="YAML file with a section `data`")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="settings by full path, such as data.k_core=5"
+    )
+    options = parser.parse_args(arguments)
+    console = Console(stderr=True)
+    _configure_logging(console)
+    try:
+        build_dataset(load_data_config(options.config, options.overrides), console=console)
+    except ValueError as error:
+        logger.error("%s", error)
+        return 1
+    return 0
+
+
+def load_data_config(path: str | Path, overrides: Sequence[str] = ()) -> DataConfig:
+    """Read the section ``data`` of a YAML file; the other sections belong to other stages.
+
+    Raises:
+        ValueError: no such file or section, or a setting that is unknown or out of range.
+    """
+    tree = read_yaml(path, overrides)
+    if not isinstance(tree.get("data"), dict):
+        raise ValueError(
+            f"config {path} has no section 'data' (found {', '.join(tree) or 'nothing'}); "
+            "add one with source and output"
+        )
+    return parse_config(DataConfig, tree["data"], source=f"section 'data' of {path}")
+
+
+def build_dataset(config: DataConfig, *, console: Console | None = None) -> Manifest:
+    """Build the data set of ``config``, or return its manifest where it is there already.
+
+    Raises:
+        ValueError: the source, the settings or the output folder do not allow it; nothing was changed then.
+    """
+    source = describe_source(config)
+    fingerprint = fingerprint_of(config, source)
+    if (manifest := _up_to_date(config.output, fingerprint)) is not None:
+        logger.info("%s is up to date (fingerprint %s...): skipped", config.output, fingerprint[:12])
+        return manifest
+
+    started = time.monotonic()
+    with replaced_folder(config.output) as folder, _Stages(console) as stages:
+        work = folder / "work"
+        work.mkdir()
+        with EventStore(work, memory_limit=config.memory_limit) as store:
+            with stages.stage("read", total=getattr(config.source, "num_events_expected", None)) as on_events:
+                num_source_events = store.load(SOURCES[config.source.format](config.source), on_events=on_events)
+            with stages.stage("order", num_events=num_source_events):
+                num_duplicates = store.drop_duplicates()
+                core_rounds = store.keep_core(config.k_core)
+                _, num_items = store.build_vocabularies()
+                time_range_s = store.time_range_s()
+                split = store.split(config.split)
+            num_events = core_rounds[-1]["num_events"]
+            with stages.stage("write", total=num_events) as on_events:
+                events = store.ordered(ties=config.ties, seed=config.seed, num_shards=config.num_shards)
+                statistics = write_shards(
+                    events, folder, num_shards=config.num_shards, num_items=num_items, on_events=on_events
+                )
+                _write_vocabularies(store, folder, statistics.item_train_counts)
+            num_tied = store.num_tied_events()
+        shutil.rmtree(work)
+
+        names = [ITEMS, USERS, *(shard_name(shard, config.num_shards) for shard in range(config.num_shards))]
+        seconds = time.monotonic() - started
+        manifest = Manifest(
+            schema_version=SCHEMA_VERSION,
+            fingerprint=fingerprint,
+            num_users=statistics.num_users,
+            num_items=num_items,
+            num_events=num_events,
+            num_events_per_part=statistics.num_events,
+            num_users_with_target=statistics.num_users_with_target,
+            num_items_unseen_in_training=int((statistics.item_train_counts == 0).sum()),
+            num_source_events=num_source_events,
+            num_duplicates_dropped=num_duplicates,
+            core_rounds=core_rounds,
+            history_length_quantiles=statistics.length_quantiles(),
+            time_range_s=time_range_s,
+            tied_event_share=None if time_range_s is None else num_tied / num_events,
+            split=split,
+            num_shards=config.num_shards,
+            files={name: describe_file(folder / name) for name in names},
+            config=config.model_dump(mode="json"),
+            source=source,
+            best_possible=_best_possible(config, complete=num_events == num_source_events),
+            rates={**stages.rates, "total_events_per_s": round(num_source_events / seconds, 1)},
+        )
+        write_manifest(folder, manifest)
+    _log_summary(config.output, manifest, seconds)
+    return manifest
+
+
+def describe_source(config: DataConfig) -> dict[str, Any]:
+    """What identifies the source: path, size and sha256 of every input file, or the generator's parameters."""
+    if isinstance(config.source, SyntheticSource):
+        return {"format": "synthetic", "parameters": config.source.model_dump(mode="json", exclude={"format"})}
+    files = []
+    for path in source_files(config.source.path):
+        with path.open("rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        files.append({"path": str(path), "num_bytes": path.stat().st_size, "sha256": digest})
+    return {"format": config.source.format, "files": files}
+
+
+def fingerprint_of(config: DataConfig, source: dict[str, Any]) -> str:
+    """Sha256 over what decides the shards: schema version, settings and contents; paths and memory do not count."""
+    settings = config.model_dump(mode="json", exclude={"output": True, "memory_limit": True, "source": {"path"}})
+    contents = [file["sha256"] for file in source.get("files", [])]
+    text = json.dumps([SCHEMA_VERSION, settings, contents], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _up_to_date(output: Path, fingerprint: str) -> Manifest | None:
+    try:
+        if read_manifest(output).fingerprint != fingerprint:
+            logger.info(
+                "%s holds the data of another config or source: it is replaced once the new data is complete", output
+            )
+            return None
+    except ValueError:
+        return None
+    try:
+        return verify_dataset(output)
+    except ValueError as error:
+        logger.warning("%s: building it again", error)
+        return None
+
+
+def _write_vocabularies(store: EventStore, folder: Path, item_train_counts: Any) -> None:
+    id_fields = {kind: pa.field(f"{kind}_id", pa.int64(), nullable=False) for kind in ("item", "user")}
+    raw_id = pa.field("raw_id", pa.string(), nullable=False)
+    num_train_events = pa.field("num_train_events", pa.int64(), nullable=False)
+
+    def items() -> Iterator[pa.RecordBatch]:
+        for batch in store.vocabulary("item"):
+            counts = pa.array(item_train_counts[batch.column("item_id").to_numpy()])
+            yield batch.append_column("num_train_events", counts)
+
+    write_table(folder / ITEMS, items(), pa.schema([id_fields["item"], raw_id, num_train_events]))
+    write_table(folder / USERS, store.vocabulary("user"), pa.schema([id_fields["user"], raw_id]))
+
+
+def _best_possible(config: DataConfig, *, complete: bool) -> BestPossible | None:
+    """Known only while the last event of a user is the test target and nothing of the law was filtered away."""
+    if not isinstance(config.source, SyntheticSource):
+        return None
+    if not isinstance(config.split, LeaveOneOut):
+        logger.warning("best possible metrics are known for split leave_one_out only: the manifest says null")
+        return None
+    if not complete:
+        logger.warning("distinct or k_core=%d dropped synthetic events: best possible metrics are null", config.k_core)
+        return None
+    return best_possible(config.source)
+
+
+def _log_summary(output: Path, manifest: Manifest, seconds: float) -> None:
+    parts, targets = manifest.num_events_per_part, manifest.num_users_with_target
+    logger.info(
+        "%s: %d users, %d items, %d events (of %d read, %d duplicates)",
+        output, manifest.num_users, manifest.num_items, manifest.num_events,
+        manifest.num_source_events, manifest.num_duplicates_dropped,
+    )  # fmt: skip
+    logger.info(
+        "split %s: %d train, %d valid, %d test events; targets of %d valid, %d test users; %d items unseen in training",
+        manifest.split["name"], parts.train, parts.valid, parts.test, targets.valid, targets.test,
+        manifest.num_items_unseen_in_training,
+    )  # fmt: skip
+    if manifest.tied_event_share:
+        logger.info(
+            "%.1f %% of the events share user and second with another: ordered by ties=%s",
+            100 * manifest.tied_event_share, manifest.config["ties"],
+        )  # fmt: skip
+    if (best := manifest.best_possible) is not None:
+        logger.info(
+            "best possible: ndcg@10 %.4f, recall@10 %.4f over %d users",
+            best.ndcg_at_10, best.recall_at_10, best.num_users,
+        )  # fmt: skip
+    logger.info("done in %.1f s, %.0f events/s", seconds, manifest.rates["total_events_per_s"])
+
+
+_STAGES = {"read": "reading events", "order": "distinct, k-core, vocabulary, split", "write": "writing shards"}
+
+
+class _RateColumn(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.speed:,.0f} events/s" if task.speed else "")
+
+
+class _Stages:
+    """Named phases: a progress line on a terminal, a log line and a rate at the end of each."""
+
+    def __init__(self, console: Console | None) -> None:
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            _RateColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
+        shown = console is not None and console.is_terminal
+        self._progress = Progress(*columns, console=console, transient=True, disable=not shown)
+        self.rates: dict[str, float] = {}
+
+    def __enter__(self) -> _Stages:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    @contextmanager
+    def stage(
+        self, name: str, *, total: int | None = None, num_events: int | None = None
+    ) -> Iterator[Callable[[int], None]]:
+        """Time a phase; yields the function to call with the number of events just done."""
+        task = self._progress.add_task(_STAGES[name], total=total)
+        done, started = num_events or 0, time.monotonic()
+
+        def on_events(count: int) -> None:
+            nonlocal done
+            done += count
+            self._progress.advance(task, count)
+
+        yield on_events
+        self._progress.remove_task(task)
+        rate = done / max(time.monotonic() - started, 1e-9)
+        self.rates[f"{name}_events_per_s"] = round(rate, 1)
+        logger.info("%s: %d events, %.0f events/s", _STAGES[name], done, rate)
+
+
+def _configure_logging(console: Console) -> None:
+    # Wrapped and coloured lines are for people; a scheduler's log file gets plain ones.
+    if console.is_terminal:
+        handler: logging.Handler = RichHandler(console=console, show_path=False)
+        logging.basicConfig(level=logging.INFO, format="%(message)s", datefmt="[%X]", handlers=[handler])
+    else:
+        logging.basicConfig(
+            level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,452 @@
+"""The train stage: parquet sequences -> a trained model; `torchrun -m pipeline.train CONFIG [key=value ...]`."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import logging
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import yaml
+from pydantic import BeforeValidator, Field, model_validator
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
+
+from muonrec import checkpoint
+from muonrec.config import Config, load_config, name_only, parse_config, to_yaml
+from muonrec.data.candidates import Candidates, CandidateSampler
+from muonrec.data.loader import TrainingBatches, evaluation_batches
+from muonrec.data.shards import Sequences, load_sequences
+from muonrec.embeddings.fused import JoinedOptimizer, build_optimizer, check_tables, fused_tables
+from muonrec.embeddings.sharding import DenseSharding, format_plan, shard_model
+from muonrec.embeddings.tables import TableConfig, initialize_tables
+from muonrec.losses import Loss, NextItemLoss
+from muonrec.mesh import Ranks, join_ranks
+from muonrec.metrics import ranking_metrics
+from muonrec.models import MODELS, SASRecConfig, ShardedEncoder
+from muonrec.optim import Schedule, format_routing
+from muonrec.retrieval import rank_targets
+from muonrec.runlog import RunLog, configure_logging
+from pipeline.data import DataConfig
+
+logger = logging.getLogger(__name__)
+
+
+class MuonConfig(Config):
+    """Muon on the tower's matrices; names and meaning as `torch.optim.Muon`.
+
+    ``match_rms_adamw`` gives an update the size of AdamW's (Liu et al. 2025), so one range of rates serves both.
+    """
+
+    name: Literal["muon"] = "muon"
+    lr: float = Field(default=3e-3, gt=0)
+    weight_decay: float = Field(default=0.01, ge=0)
+    momentum: float = Field(default=0.95, ge=0, lt=1)
+    nesterov: bool = True
+    ns_steps: int = Field(default=5, ge=1)
+    adjust_lr_fn: Literal["original", "match_rms_adamw", "spectral_unclamped"] = "match_rms_adamw"
+
+
+class AdamWConfig(Config):
+    """AdamW, on the tower's matrices or on the rest."""
+
+    name: Literal["adamw"] = "adamw"
+    lr: float = Field(default=1e-3, gt=0)
+    betas: tuple[float, float] = (0.9, 0.98)
+    eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.01, ge=0)
+
+
+DenseOptimizerConfig = Annotated[MuonConfig | AdamWConfig, Field(discriminator="name"), BeforeValidator(name_only)]
+
+
+class ScheduleConfig(Config):
+    """Multiplier of a learning rate over the run's steps; the fractions are of those steps."""
+
+    name: Literal["constant", "cosine", "warmup_stable_decay"] = "cosine"
+    warmup_fraction: float = Field(default=0.05, ge=0, le=1)
+    final_fraction: float = Field(default=0.1, ge=0, le=1)
+    decay_fraction: float = Field(default=0.2, gt=0, le=1)
+
+    def over(self, num_steps: int) -> Schedule:
+        """The schedule of a run of ``num_steps``."""
+        return Schedule(
+            self.name,
+            warmup_steps=round(self.warmup_fraction * num_steps),
+            num_steps=num_steps,
+            final_fraction=self.final_fraction,
+            decay_fraction=self.decay_fraction,
+        )
+
+
+class LossConfig(Config):
+    """The loss and what the targets compete with."""
+
+    name: Loss = "sampled_softmax"
+    negatives: Literal["uniform", "popularity"] = "uniform"
+    num_negatives: int = Field(default=256, ge=1)
+    temperature: float = Field(default=1.0, gt=0)
+
+    @property
+    def candidates(self) -> Candidates:
+        """How the loader draws the candidates."""
+        by_loss: Mapping[Loss, Candidates] = {"full_softmax": "all", "in_batch_softmax": "in_batch", "bce": "per_target"}
+        return by_loss.get(self.name, self.negatives)
+
+
+class ValidationConfig(Config):
+    """When the model is validated, on whom, and when no gain stops the run (``patience`` validations; 0: never)."""
+
+    every_steps: int = Field(default=200, ge=1)
+    max_users: int | None = Field(default=5000, ge=1)
+    batch_size: int = Field(default=512, ge=1)
+    patience: int = Field(default=0, ge=0)
+
+
+class CheckpointConfig(Config):
+    """When a checkpoint is written, and how many are kept beside the best one."""
+
+    every_steps: int = Field(default=500, ge=1)
+    keep: int = Field(default=1, ge=1)
+
+
+class TrainConfig(Config):
+    """One experiment. ``batch_size`` counts users of the global batch; give ``num_epochs`` or ``num_steps``."""
+
+    output: Path
+    seed: int = 0
+    data: DataConfig
+    model: Annotated[SASRecConfig, BeforeValidator(name_only)] = SASRecConfig()
+    loss: Annotated[LossConfig, BeforeValidator(name_only)] = LossConfig()
+    tables: dict[str, TableConfig]
+    dense_optimizer: DenseOptimizerConfig = MuonConfig()
+    adamw: AdamWConfig = AdamWConfig()
+    routing: list[tuple[str, Literal["muon", "adamw"]]] = []
+    schedule: Annotated[ScheduleConfig, BeforeValidator(name_only)] = ScheduleConfig()
+    schedules: dict[Literal["tables", "dense", "adamw"], ScheduleConfig] = {}
+    max_grad_norm: float | None = Field(default=None, gt=0)
+    dense_sharding: DenseSharding = "ddp"
+    batch_size: int = Field(default=256, ge=1)
+    num_streams: int = Field(default=32, ge=1)
+    num_epochs: int | None = Field(default=None, ge=1)
+    num_steps: int | None = Field(default=None, ge=1)
+    validation: ValidationConfig = ValidationConfig()
+    checkpoints: CheckpointConfig = CheckpointConfig()
+    log_every_steps: int = Field(default=10, ge=1)
+    tensorboard: bool = True
+
+    @model_validator(mode="after")
+    def _one_length(self) -> TrainConfig:
+        if (self.num_epochs is None) == (self.num_steps is None):
+            raise ValueError(f"give num_epochs or num_steps, one of them; found {self.num_epochs} and {self.num_steps}")
+        return self
+
+
+# What may differ when a run is resumed: it changes where things are computed or written, not what is learned.
+_MAY_DIFFER = {"dense_sharding", "log_every_steps", "tensorboard", "checkpoints"}
+
+
+def main() -> None:
+    """Parse the command line and train, resuming where an earlier run of the same config stopped."""
+    parser = argparse.ArgumentParser(prog="python -m pipeline.train", description=__doc__)
+    parser.add_argument("config", help="YAML file of the experiment, such as configs/demo/sasrec.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as dense_optimizer=adamw dense_optimizer.lr=0.001")
+    arguments = parser.parse_args()
+    with join_ranks() as ranks:
+        configure_logging(is_first=ranks.is_first)
+        try:
+            train(load_config(TrainConfig, arguments.config, arguments.overrides), ranks)
+        except (ValueError, FloatingPointError) as error:
+            # The message says what to do; a trace of our own calls on every rank would only bury it.
+            logger.error("%s", error) if ranks.is_first else logger.debug("%s", error)
+            sys.exit(1)
+
+
+def train(config: TrainConfig, ranks: Ranks) -> None:
+    """Train as ``config`` says; every rank must call it."""
+    run = Run.start(config, ranks)
+    root = config.output / "checkpoints"
+    step, best = run.resume(root)
+    pipeline = TrainPipelineSparseDist(run.model, run.optimizer, ranks.device)
+    log = RunLog(
+        config.output, enabled=ranks.is_first, start_step=step, num_steps=run.num_steps, tensorboard=config.tensorboard
+    )
+    clock = Clock(already_s=best.seconds)
+    with log:
+        while step < run.num_steps and not best.is_stale(config.validation.patience):
+            # A stretch between two validations: the pipeline ends it with no batch in flight, since TorchRec's sharded
+            # modules cannot evaluate while a batch is half way through them.
+            end = min(run.next_validation(step), run.num_steps)
+            batches = run.loader.iterate(step, end)
+            run.model.train()
+            while step < end:
+                rates = run.set_rates(step)
+                run.seed_dropout(step)
+                statistics = pipeline.progress(batches)
+                step += 1
+                clock.count(statistics["num_targets"])
+                if step % config.log_every_steps == 0 or step == end:
+                    numbers = {**statistics, **rates, **run.norms(), **clock.lap()}
+                    log.write(step, epoch=step / run.loader.steps_per_epoch, **numbers)
+                    log.show(step, loss_nats=statistics["loss_nats"], events_per_s=numbers["events_per_s"])
+                if step % config.checkpoints.every_steps == 0 and step != end:
+                    with clock.paused():
+                        run.save(root, step, dataclasses.replace(best, seconds=clock.seconds))
+
+            with clock.paused():
+                run.model = pipeline.detach()
+                metrics = run.validate()
+                pipeline.attach(run.model)
+                best = best.after(step, metrics["valid_ndcg@10"], seconds=clock.seconds)
+                log.write(step, **metrics, seconds=clock.seconds)
+                log.say(f"step {step}: validation NDCG@10 {metrics['valid_ndcg@10']:.4f}, best {best.value:.4f} at {best.step}")
+                run.save(root, step, best)
+    logger.info(
+        "trained %d steps in %.0f s; best validation NDCG@10 %.4f at step %d; the run is in %s",
+        step,
+        clock.seconds,
+        best.value,
+        best.step,
+        config.output,
+    )
+
+
+@dataclasses.dataclass
+class Run:
+    """What a run is made of, built once from its config."""
+
+    config: TrainConfig
+    ranks: Ranks
+    sequences: Sequences
+    loader: TrainingBatches
+    model: DistributedModelParallel
+    optimizer: JoinedOptimizer
+    num_steps: int
+    schedules: dict[str, Schedule]
+
+    @classmethod
+    def start(cls, config: TrainConfig, ranks: Ranks) -> Run:
+        """Build data, model and optimizer; write and print what was decided."""
+        check_output(config)
+        sequences = load_sequences(config.data.output)
+        loader = make_loader(config, sequences, ranks)
+        num_steps = config.num_steps or (config.num_epochs or 0) * loader.steps_per_epoch
+        model, plan = make_model(config, sequences, ranks)
+        check_tables(model, config.tables)
+        optimizer = make_optimizer(config, model)
+        routing, plan_text = format_routing(optimizer.routing), format_plan(plan)
+        if ranks.is_first:
+            config.output.mkdir(parents=True, exist_ok=True)
+            (config.output / "resolved.yaml").write_text(to_yaml(config))
+            (config.output / "routing.txt").write_text(routing + "\n")
+            (config.output / "plan.txt").write_text(plan_text + "\n")
+        logger.info("sharding plan over %d ranks\n%s", ranks.num_ranks, plan_text)
+        for table in fused_tables(model):
+            logger.info("table %s: %s fused into the backward pass, lr %g, eps %g", table.name, table.optimizer, table.lr, table.eps)
+        logger.info("optimizer of each parameter\n%s", routing)
+        schedules = {
+            part: config.schedules.get(key, config.schedule).over(num_steps)
+            for part, key in {"tables": "tables", "muon": "dense", "matrices": "dense", "adamw": "adamw"}.items()
+            if part in optimizer.parts
+        }
+        return cls(config, ranks, sequences, loader, model, optimizer, num_steps, schedules)
+
+    def resume(self, root: Path) -> tuple[int, Best]:
+        """Load the newest finished checkpoint below ``root``, if there is one."""
+        found = checkpoint.newest(root)
+        if found is None:
+            return 0, Best()
+        progress = checkpoint.load(found, self.model, self.optimizer)
+        logger.info("resumed from %s", found)
+        return progress["step"], Best(**progress["best"])
+
+    def set_rates(self, step: int) -> dict[str, float]:
+        """Set every part's learning rate for ``step``; the first rate of each, by name."""
+        return {f"lr_{part}": self.optimizer.scale_lr(part, schedule(step)) for part, schedule in self.schedules.items()}
+
+    def seed_dropout(self, step: int) -> None:
+        """Make the step's random numbers a function of seed, step and rank: nothing has to be saved to go on exactly."""
+        torch.manual_seed((self.config.seed * 1_000_003 + step) * 65_537 + self.ranks.rank)
+
+    def norms(self) -> dict[str, float]:
+        """The norm the last step clipped, if it did."""
+        norm = self.optimizer.grad_norm
+        return {} if norm is None else {"grad_norm_adamw": norm}
+
+    def next_validation(self, step: int) -> int:
+        """The first validation after ``step``."""
+        every = self.config.validation.every_steps
+        return (step // every + 1) * every
+
+    def save(self, root: Path, step: int, best: Best) -> None:
+        """Write the checkpoint of ``step`` and drop those no longer kept."""
+        progress = {"step": step, "best": dataclasses.asdict(best)}
+        folder = checkpoint.step_folder(root, step)
+        if not checkpoint.is_committed(folder):
+            checkpoint.save(folder, self.model, self.optimizer, progress=progress)
+            checkpoint.prune(root, keep=self.config.checkpoints.keep, best=best.step)
+
+    def validate(self) -> dict[str, float]:
+        """Full-ranking metrics on the validation items."""
+        settings = self.config.validation
+        batches = evaluation_batches(
+            self.sequences,
+            "valid",
+            max_length=self.config.model.max_length,
+            batch_size=settings.batch_size,
+            ranks=self.ranks,
+            max_users=settings.max_users,
+        )
+        encoder = ShardedEncoder(self.model, num_items=self.sequences.num_items, device=self.ranks.device)
+        ranked = rank_targets(encoder, batches, ranks=self.ranks)
+        return {f"valid_{name}": value for name, value in ranking_metrics(ranked, k=(10,)).items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Best:
+    """The best validation so far, how many have not beaten it, and the seconds trained."""
+
+    step: int = 0
+    value: float = -1.0
+    stale: int = 0
+    seconds: float = 0.0
+
+    def after(self, step: int, value: float, *, seconds: float) -> Best:
+        if value > self.value:
+            return Best(step, value, 0, seconds)
+        return dataclasses.replace(self, stale=self.stale + 1, seconds=seconds)
+
+    def is_stale(self, patience: int) -> bool:
+        return bool(patience) and self.stale >= patience
+
+
+def make_loader(config: TrainConfig, sequences: Sequences, ranks: Ranks) -> TrainingBatches:
+    """The training batches ``config`` asks for."""
+    sampler = CandidateSampler(
+        config.loss.candidates,
+        num_items=sequences.num_items,
+        count=config.loss.num_negatives,
+        item_counts=sequences.item_train_counts,
+        seed=config.seed,
+    )
+    return TrainingBatches(
+        sequences,
+        batch_size=config.batch_size,
+        max_length=config.model.max_length,
+        sampler=sampler,
+        needs_targets=config.loss.name != "full_softmax",
+        seed=config.seed,
+        ranks=ranks,
+        num_streams=config.num_streams,
+    )
+
+
+def make_model(config: TrainConfig, sequences: Sequences, ranks: Ranks) -> tuple[DistributedModelParallel, Any]:
+    """The sharded model with its initial weights, which depend on the seed alone, and the sharding plan."""
+    torch.manual_seed(config.seed)
+    loss = NextItemLoss(config.loss.name, temperature=config.loss.temperature)
+    model = MODELS[config.model.name](config.model, num_items=sequences.num_items, loss=loss)
+    sharded, plan = shard_model(
+        model, config.tables, dense=config.dense_sharding, ranks=ranks, batch_size=max(config.batch_size // ranks.num_ranks, 1)
+    )
+    initialize_tables(sharded, std={name: table.init_std for name, table in config.tables.items()}, seed=config.seed)
+    return sharded, plan
+
+
+def make_optimizer(config: TrainConfig, model: DistributedModelParallel) -> JoinedOptimizer:
+    """The joined optimizer: tables, matrices by ``dense_optimizer``, the rest by ``adamw``."""
+    settings = config.dense_optimizer.model_dump(exclude={"name"})
+    is_muon = config.dense_optimizer.name == "muon"
+    return build_optimizer(
+        model,
+        muon=settings if is_muon else None,
+        matrices=None if is_muon else settings,
+        adamw=config.adamw.model_dump(exclude={"name"}),
+        overrides=config.routing,
+        max_grad_norm=config.max_grad_norm,
+    )
+
+
+def load_run(folder: str | Path, which: str, ranks: Ranks) -> tuple[ShardedEncoder, TrainConfig, Sequences, int]:
+    """A trained run's encoder, config, data set and step; every rank must call it.
+
+    Args:
+        folder: a run's output.
+        which: ``best`` on validation or ``last``.
+        ranks: any number, not only the one that trained.
+
+    Raises:
+        ValueError: the folder is no run, or has no finished checkpoint.
+    """
+    folder = Path(folder)
+    resolved = folder / "resolved.yaml"
+    if not resolved.is_file():
+        raise ValueError(f"{folder} is not a run: there is no resolved.yaml; pass the output of python -m pipeline.train")
+    config = load_config(TrainConfig, resolved)
+    last = checkpoint.newest(folder / "checkpoints")
+    if last is None:
+        raise ValueError(f"{folder} has no finished checkpoint; train it first, or until its first validation")
+    best_step = checkpoint.read_progress(last)["best"]["step"]
+    found = checkpoint.step_folder(last.parent, best_step) if which == "best" and best_step else last
+    sequences = load_sequences(config.data.output)
+    model, _ = make_model(config, sequences, ranks)
+    progress = checkpoint.load(found, model)
+    encoder = ShardedEncoder(model, num_items=sequences.num_items, device=ranks.device)
+    return encoder, config, sequences, progress["step"]
+
+
+def check_output(config: TrainConfig) -> None:
+    """Refuse an output folder that holds a run of another config.
+
+    Raises:
+        ValueError: names what differs.
+    """
+    resolved = config.output / "resolved.yaml"
+    if not resolved.is_file() or checkpoint.newest(config.output / "checkpoints") is None:
+        return  # nothing was learned there yet
+    before, now = yaml.safe_load(resolved.read_text()), config.model_dump(mode="json")
+    differing = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key) and key not in _MAY_DIFFER)
+    if differing:
+        raise ValueError(
+            f"{config.output} holds a run whose {', '.join(differing)} differ from this config; "
+            "pass output=another/folder, or delete that one to start anew"
+        )
+
+
+class Clock:
+    """Seconds of training, validation and checkpoints left out, and events per second."""
+
+    def __init__(self, *, already_s: float) -> None:
+        self._started = time.monotonic() - already_s
+        self._lap_started, self._events = time.monotonic(), 0.0
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self._started
+
+    def count(self, events: float) -> None:
+        self._events += events
+
+    def lap(self) -> dict[str, float]:
+        now = time.monotonic()
+        rate = self._events / max(now - self._lap_started, 1e-9)
+        self._lap_started, self._events = now, 0.0
+        return {"events_per_s": rate, "seconds": self.seconds}
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        entered = time.monotonic()
+        yield
+        passed = time.monotonic() - entered
+        self._started += passed
+        self._lap_started += passed
+
+
+if __name__ == "__main__":
+    main()

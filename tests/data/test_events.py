@@ -1,0 +1,190 @@
+"""Readers: one schema from every format, and errors that name file and row."""
+
+import gzip
+from datetime import datetime
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from muonrec.data.events import (
+    EVENT_SCHEMA,
+    READERS,
+    CsvSource,
+    ParquetSource,
+    RecboleSource,
+    SequencesSource,
+    read_csv,
+    read_parquet,
+    read_recbole,
+    read_sequences,
+)
+
+
+def write(path: Path, text: str) -> str:
+    path.write_text(text)
+    return str(path)
+
+
+def csv_source(tmp_path: Path, text: str, **settings: object) -> CsvSource:
+    return CsvSource(format="csv", path=write(tmp_path / "log.csv", text), **settings)
+
+
+def test_sequence_file_gives_a_row_per_item_in_order_without_times(tmp_path: Path) -> None:
+    path = write(tmp_path / "log.txt", "ann 7 8 7\n\nbob  9\t8 \n")
+    table = read_sequences(SequencesSource(format="sequences", path=path)).read_all()
+    assert table.schema == EVENT_SCHEMA
+    assert table.column("user_id").to_pylist() == ["ann", "ann", "ann", "bob", "bob"]
+    assert table.column("item_id").to_pylist() == ["7", "8", "7", "9", "8"]
+    assert table.column("timestamp_s").null_count == 5
+    assert table.column("source_row").to_pylist() == [0, 1, 2, 3, 4]
+
+
+def test_sequence_file_keeps_quotes_and_leading_zeros(tmp_path: Path) -> None:
+    path = write(tmp_path / "log.txt", 'u,1 "007" 007')
+    table = read_sequences(SequencesSource(format="sequences", path=path)).read_all()
+    assert table.column("user_id").to_pylist() == ["u,1", "u,1"]
+    assert table.column("item_id").to_pylist() == ['"007"', "007"]
+
+
+def test_recbole_reads_typed_headers_and_float_times(tmp_path: Path) -> None:
+    text = "user_id:token\titem_id:token\trating:float\ttimestamp:float\n196\t242\t3\t881250949\n01\t2\t5\t8.8e8\n"
+    table = read_recbole(RecboleSource(format="recbole", path=write(tmp_path / "a.inter", text))).read_all()
+    assert table.schema == EVENT_SCHEMA
+    assert table.column("user_id").to_pylist() == ["196", "01"]
+    assert table.column("timestamp_s").to_pylist() == [881250949, 880000000]
+
+
+def test_csv_reads_named_columns_and_floors_milliseconds(tmp_path: Path) -> None:
+    columns = {"user_id": "who", "item_id": "what", "timestamp_s": "when"}
+    text = 'when;note;who;what\n1600000000999;"two\nlines";u;i\n'
+    source = csv_source(tmp_path, text, columns=columns, timestamp_unit="ms", delimiter=";")
+    assert read_csv(source).read_all().to_pylist() == [
+        {"user_id": "u", "item_id": "i", "timestamp_s": 1_600_000_000, "source_row": 0}
+    ]
+
+
+def test_csv_without_times_says_so_in_the_columns(tmp_path: Path) -> None:
+    source = csv_source(tmp_path, "user_id,item_id\nu,i\n", columns={"timestamp_s": None})
+    assert read_csv(source).read_all().column("timestamp_s").to_pylist() == [None]
+
+
+def test_csv_reads_gzip(tmp_path: Path) -> None:
+    path = tmp_path / "log.csv.gz"
+    path.write_bytes(gzip.compress(b"user_id,item_id,timestamp_s\nu,i,5\n"))
+    assert read_csv(CsvSource(format="csv", path=str(path))).read_all().column("timestamp_s").to_pylist() == [5]
+
+
+def test_source_rows_are_unique_over_all_files_of_a_glob(tmp_path: Path) -> None:
+    for name in ("b", "a"):
+        pq.write_table(
+            pa.table({"user_id": [1, 2], "item_id": [name, name], "timestamp_s": [1, 2]}), tmp_path / f"{name}.parquet"
+        )
+    table = read_parquet(ParquetSource(format="parquet", path=str(tmp_path / "*.parquet"))).read_all()
+    assert table.schema == EVENT_SCHEMA
+    assert table.column("item_id").to_pylist() == ["a", "a", "b", "b"]
+    assert table.column("user_id").to_pylist() == ["1", "2", "1", "2"]
+    assert table.column("source_row").to_pylist() == [0, 1, 2, 3]
+
+
+def test_parquet_takes_arrow_timestamps_and_dictionaries(tmp_path: Path) -> None:
+    times = pa.array([datetime(2020, 9, 13, 12, 26, 40)], type=pa.timestamp("us"))
+    users = pa.array(["u"]).dictionary_encode()
+    pq.write_table(pa.table({"user_id": users, "item_id": ["i"], "timestamp_s": times}), tmp_path / "a.parquet")
+    table = read_parquet(ParquetSource(format="parquet", path=str(tmp_path / "a.parquet"))).read_all()
+    assert table.to_pylist() == [{"user_id": "u", "item_id": "i", "timestamp_s": 1_600_000_000, "source_row": 0}]
+
+
+def test_readers_are_named_by_format() -> None:
+    assert set(READERS) == {"sequences", "recbole", "csv", "parquet"}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "log.csv is empty; pass a file with at least one event"),
+        ("user_id,item_id,timestamp_s\n", "log.csv has a header and no events"),
+        (
+            "user,item_id,time\na,b,1\n",
+            "log.csv has no column 'user_id', 'timestamp_s'; it has 'user', 'item_id', 'time'",
+        ),
+        ("user_id,user_id,item_id,timestamp_s\na,b,c,1\n", "column 'user_id' stands twice"),
+        ("user_id,item_id,timestamp_s\nu,i,1\n,i,2\n", "log.csv, row 2: column 'user_id' is empty"),
+        ("user_id,item_id,timestamp_s\nu,,1\n", "log.csv, row 1: column 'item_id' is empty"),
+        (
+            "user_id,item_id,timestamp_s\nu,i,1\nu,i,noon\n",
+            "log.csv, row 2: column 'timestamp_s' is 'noon', expected a number",
+        ),
+        (
+            "user_id,item_id,timestamp_s\nu,i,1.5\nu,i,nan\n",
+            "log.csv, row 2: column 'timestamp_s' is 'nan', expected a number",
+        ),
+        ("user_id,item_id,timestamp_s\nu,i,\n", "log.csv, row 1: column 'timestamp_s' is '', expected a number"),
+        ("user_id,item_id,timestamp_s\nu,i,-4\n", "log.csv, row 1: column 'timestamp_s' is '-4', .* not before"),
+        (
+            "user_id,item_id,timestamp_s\nu,i,1600000000000\n",
+            "row 1: .* looks like milliseconds though s was stated; set data.source.timestamp_unit: ms",
+        ),
+        ("user_id,item_id,timestamp_s\nu,i\n", "log.csv cannot be read: .*Expected 3 columns, got 2"),
+    ],
+)
+def test_csv_refuses_naming_file_and_row(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        read_csv(csv_source(tmp_path, text)).read_all()
+
+
+def test_microseconds_stated_as_milliseconds_are_refused(tmp_path: Path) -> None:
+    source = csv_source(tmp_path, "user_id,item_id,timestamp_s\nu,i,1600000000000000\n", timestamp_unit="ms")
+    with pytest.raises(ValueError, match="looks like microseconds though ms was stated; divide by 1000"):
+        read_csv(source).read_all()
+
+
+def test_missing_files_are_refused_before_anything_is_read(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"source .*nothing.txt does not exist; pass a file"):
+        read_sequences(SequencesSource(format="sequences", path=str(tmp_path / "nothing.txt")))
+    with pytest.raises(ValueError, match=r"is a folder; pass a file, or a glob"):
+        read_parquet(ParquetSource(format="parquet", path=str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "log.txt is empty"),
+        ("\n \n", "log.txt has no events: all its lines are blank"),
+        ("\na 1 2\nb\n", "log.txt, line 3: has the user 'b' and no item"),
+    ],
+)
+def test_sequence_files_refuse_naming_the_line(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        read_sequences(SequencesSource(format="sequences", path=write(tmp_path / "log.txt", text))).read_all()
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        (
+            {"user_id": [1.5], "item_id": ["i"], "timestamp_s": [1]},
+            "column 'user_id' is double, but ids are strings or integers",
+        ),
+        ({"user_id": [None, "u"], "item_id": ["i", "i"], "timestamp_s": [1, 1]}, "row 1: column 'user_id' is empty"),
+        (
+            {"user_id": ["u", "u"], "item_id": ["i", "i"], "timestamp_s": [1, None]},
+            "row 2: .* is None, expected a time",
+        ),
+        ({"user_id": ["u"], "item_id": ["i"]}, "has no column 'timestamp_s'; it has 'user_id', 'item_id'"),
+        (
+            {"user_id": pa.array([], pa.string()), "item_id": pa.array([], pa.string()), "timestamp_s": []},
+            "has no events",
+        ),
+    ],
+)
+def test_parquet_refuses_naming_file_and_row(tmp_path: Path, columns: dict, message: str) -> None:
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=message):
+        read_parquet(ParquetSource(format="parquet", path=str(tmp_path / "a.parquet"))).read_all()
+
+
+def test_a_text_file_is_no_parquet_file(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"is no Parquet file .* set data.source.format to what it is"):
+        read_parquet(ParquetSource(format="parquet", path=write(tmp_path / "a.parquet", "user_id,item_id\n" * 3)))

@@ -1,0 +1,175 @@
+"""The joined optimizer: fused tables against a plain loop, schedules by their effect, clipping, state and routing."""
+
+import pytest
+import torch
+from torch.distributed.tensor import DTensor
+
+from muonrec.batch import CANDIDATES, HISTORY, TARGETS
+from muonrec.data.loader import make_batch
+from muonrec.embeddings.fused import explain
+from muonrec.models import ShardedEncoder
+from tests.distributed.ranks import run_on_ranks
+from tests.embeddings.test_sharding import batches_of, joined, sharded, whole
+
+TABLE = "embeddings.embeddings.item.weight"
+
+
+def table_of(dmp):
+    return whole(dmp.state_dict()[TABLE])
+
+
+def one_step(dmp, optimizer, step=0, kind="full_softmax"):
+    dmp.train()
+    optimizer.zero_grad()
+    loss, _ = dmp(batches_of(kind).share(step))
+    loss.backward()
+    optimizer.step()
+
+
+def effect_of_the_schedule():
+    dmp, _ = sharded()
+    optimizer = joined(dmp)
+    moved = []
+    for factor in (0.0, 1.0, 0.0, 0.5):
+        before = table_of(dmp)
+        assert optimizer.scale_lr("tables", factor) == pytest.approx(0.05 * factor)
+        one_step(dmp, optimizer)
+        moved.append((table_of(dmp) - before).abs().max().item())
+    return moved
+
+
+def test_a_schedule_of_the_tables_reaches_fbgemm():
+    for moved in run_on_ranks(2, effect_of_the_schedule):
+        assert moved[0] == 0.0
+        assert moved[1] > 0.01
+        assert moved[2] == 0.0
+        assert 0.0 < moved[3] < moved[1]
+
+
+def against_a_loop(optimizer_name):
+    """Fused table after three steps, and the same rows updated by a plain loop from the table's own gradients."""
+    lr, eps = 0.05, 1e-8
+    dmp, _ = sharded(optimizer=optimizer_name, lr=lr, kind="sampled_softmax")
+    optimizer = joined(dmp)
+    optimizer.scale_lr("muon", 0.0), optimizer.scale_lr("adamw", 0.0)
+    plain = table_of(dmp).double()
+    state = torch.zeros(plain.shape if optimizer_name == "adagrad" else (len(plain), 1), dtype=torch.float64)
+    tower = dmp.module.tower
+    for step in range(3):
+        batch = batches_of("sampled_softmax").share(step)
+        table = plain.float().requires_grad_()
+        features = batch.features
+        rows = {key: table[features[key].values()] for key in (HISTORY, TARGETS, CANDIDATES)}
+        hidden = tower(rows[HISTORY] * dmp.module.input_scale, features[HISTORY].lengths(), batch.groups)
+        dmp.module.loss(hidden, rows[TARGETS], rows[CANDIDATES], batch)[0].backward()
+        gradient = table.grad.double()
+        if optimizer_name == "sgd":
+            plain = plain - lr * gradient
+        else:
+            square = gradient.square()
+            state += square if optimizer_name == "adagrad" else square.mean(1, keepdim=True)
+            plain = plain - lr * gradient / (state.sqrt() + eps)
+        one_step(dmp, optimizer, step, "sampled_softmax")
+    return table_of(dmp), plain.float()
+
+
+@pytest.mark.parametrize("optimizer_name", ["rowwise_adagrad", "adagrad", "sgd"])
+def test_the_fused_table_equals_a_plain_loop(optimizer_name):
+    fused, plain = run_on_ranks(1, against_a_loop, optimizer_name)[0]
+    # float32 against float64: three steps of at most lr each; elements whose gradient is rounding are Adagrad's worst
+    torch.testing.assert_close(fused, plain, rtol=1e-4, atol=2e-5 if optimizer_name != "adagrad" else 1e-3)
+
+
+def norms_and_updates(dense):
+    dmp, _ = sharded(dense=dense)
+    optimizer = joined(dmp, max_grad_norm=1e-3, adamw={"lr": 1.0, "weight_decay": 0.0, "betas": (0.0, 0.0), "eps": 1.0})
+    before = {name: whole(p) for name, p in optimizer.parts["adamw"].params.items()}
+    one_step(dmp, optimizer)
+    # With these settings AdamW moves by g / (|g| + 1): for gradients of 1e-3 and less, by the clipped gradient.
+    moved = [(whole(p) - before[name]).flatten() for name, p in optimizer.parts["adamw"].params.items()]
+    return optimizer.grad_norm, torch.cat(moved).norm().item()
+
+
+@pytest.mark.parametrize("dense", ["ddp", "fsdp2"])
+def test_clipping_takes_the_global_norm_of_what_adamw_updates(dense):
+    alone, _ = run_on_ranks(1, norms_and_updates, "ddp")[0]
+    for norm, moved in run_on_ranks(2, norms_and_updates, dense):
+        assert norm == pytest.approx(alone, rel=1e-4)
+        assert norm > 1e-3
+        assert moved == pytest.approx(1e-3, rel=1e-2)
+
+
+def initial_state(dense):
+    dmp, _ = sharded(dense=dense)
+    optimizer = joined(dmp)
+    before = {name: whole(value) for name, value in dmp.state_dict().items()}
+    for part in optimizer.parts.values():
+        if part is not optimizer.parts["tables"]:
+            part.init_state()
+    unchanged = all(torch.equal(before[name], whole(value)) for name, value in dmp.state_dict().items())
+    names = sorted(optimizer.state_dict()["state"])
+    states = {
+        key: sorted(state) for key, state in optimizer.state_dict()["state"].items() if key.startswith(("muon", "adamw"))
+    }
+    sharded_state = [isinstance(v, DTensor) for s in optimizer.parts["muon"].state.values() for v in s.values()]
+    return unchanged, names, states, sharded_state
+
+
+@pytest.mark.parametrize("dense", ["ddp", "fsdp2"])
+def test_state_exists_from_construction_and_making_it_moves_no_weight(dense):
+    results = run_on_ranks(2, initial_state, dense)
+    assert all(unchanged for unchanged, *_ in results)
+    momentum = {key for _, _, states, _ in results for key in states if key.startswith("muon.")}
+    assert len(momentum) == 12  # q, k, v, output and two feed-forward layers of two blocks
+    assert all("adamw.tower.position.weight" in names for _, names, *_ in results)
+    if dense == "ddp":
+        owned = [{key for key in states if key.startswith("muon.")} for _, _, states, _ in results]
+        assert not owned[0] & owned[1]  # each momentum lives on one rank
+    else:
+        assert all(all(flags) and len(flags) == 12 for *_, flags in results)
+
+
+def routing():
+    dmp, _ = sharded()
+    return explain(dmp), explain(joined(dmp, overrides=[(r"query", "adamw")]))
+
+
+def test_every_parameter_is_routed_once_by_its_role():
+    before, after = run_on_ranks(2, routing)[0]
+    by_name = {a.name: a for a in before}
+    assert by_name[TABLE].optimizer == "sparse"
+    assert by_name[TABLE].shape == (57, 64)
+    assert by_name["tower.position.weight"].optimizer == "adamw"
+    assert by_name["tower.blocks.1.attention.query.weight"].optimizer == "muon"
+    assert len(by_name) == len(before)
+    assert {a.name for a in after if a.optimizer == "muon"} == {
+        a.name for a in before if a.optimizer == "muon" and "query" not in a.name
+    }
+
+
+def encoded(num_items):
+    dmp, _ = sharded()
+    encoder = ShardedEncoder(dmp, num_items=num_items, device=torch.device("cpu"))
+    table = table_of(dmp)
+    none = torch.empty(0, dtype=torch.int64).numpy()
+    batch = make_batch(
+        history=torch.tensor([5, 6, 7, 1]).numpy(),
+        lengths=torch.tensor([3, 1]).numpy(),
+        labels=torch.tensor([1, 2]).numpy(),
+        targets=none,
+        candidates=none,
+        log_q=none.astype("float32"),
+        user_ids=torch.tensor([0, 1]).numpy(),
+        num_items=num_items,
+        step=0,
+    )
+    ids = torch.tensor([56, 0, 30, 29])
+    return encoder.item_vectors(ids), table[ids], encoder.user_vectors(batch)
+
+
+def test_the_encoder_gives_rows_of_the_table_and_the_same_users_on_any_number_of_ranks():
+    alone = run_on_ranks(1, encoded, 57)[0]
+    for items, rows, users in run_on_ranks(2, encoded, 57):
+        assert torch.equal(items, rows)
+        assert torch.equal(users, alone[2])
+        assert users.shape == (2, 64)
