@@ -24,7 +24,11 @@ _PROGRESS = "progress.json"
 
 
 def save(
-    folder: str | Path, model: nn.Module, optimizer: KeyedOptimizer | None = None, *, progress: Mapping[str, Any] | None = None
+    folder: str | Path,
+    model: nn.Module,
+    optimizer: KeyedOptimizer | None = None,
+    *,
+    progress: Mapping[str, Any] | None = None,
 ) -> None:
     """Write model, optimizer and progress to ``folder``; the marker, written last, makes it a checkpoint.
 
@@ -67,7 +71,9 @@ def load(folder: str | Path, model: nn.Module, optimizer: KeyedOptimizer | None 
     """
     folder = Path(folder)
     if not is_committed(folder):
-        raise ValueError(f"{folder} is not a finished checkpoint (no {_MARKER} in it); finished ones: {_names(folder.parent)}")
+        raise ValueError(
+            f"{folder} is not a finished checkpoint (no {_MARKER} in it); finished ones: {_names(folder.parent)}"
+        )
     version = json.loads((folder / _MARKER).read_text())["schema_version"]
     if version != SCHEMA_VERSION:
         raise ValueError(f"{folder} has checkpoint schema {version}, this version of muonrec reads {SCHEMA_VERSION}")

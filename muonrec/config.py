@@ -56,7 +56,10 @@ def parse_config(cls: type[ConfigT], tree: Mapping[str, Any], *, source: str) ->
     try:
         return cls.model_validate(tree)
     except pydantic.ValidationError as error:
-        faults = [f"  {'.'.join(str(part) for part in fault['loc']) or '(top)'}: {_explain(fault)}" for fault in error.errors()]
+        faults = [
+            f"  {'.'.join(str(part) for part in fault['loc']) or '(top)'}: {_explain(fault)}"
+            for fault in error.errors()
+        ]
         raise ValueError(f"{source} is not a valid {cls.__name__}:\n" + "\n".join(faults)) from None
 
 
@@ -83,7 +86,9 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         if child is None:
             child = node[parent] = {}
         if not isinstance(child, dict):
-            raise ValueError(f"override {override!r}: {'.'.join(parents[: depth + 1])} is a {type(child).__name__}, not a section")
+            raise ValueError(
+                f"override {override!r}: {'.'.join(parents[: depth + 1])} is a {type(child).__name__}, not a section"
+            )
         node = child
     node[leaf] = yaml.safe_load(text)
 

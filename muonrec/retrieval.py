@@ -162,10 +162,13 @@ class _Users(NamedTuple):
 def _encoded(encoder: Encoder, batch: SequenceBatch) -> _Users:
     """This rank's users and the score each gives its held-out item."""
     inside = (batch.labels >= 0) & (batch.labels < encoder.num_items)
-    vectors_BD = encoder.user_vectors(batch)
+    # An empty batch has one empty row where a KeyedJaggedTensor must not have none; the labels say how many are users.
+    num_users = len(batch.labels)
+    vectors_BD = encoder.user_vectors(batch)[:num_users]
+    lengths_B = batch.features[HISTORY].lengths()[:num_users].long()
     targets_BD = encoder.item_vectors(torch.where(inside, batch.labels, 0))
     scores_B = (_snap(vectors_BD) * _snap(targets_BD)).sum(1)
-    return _Users(vectors_BD.float(), batch.user_ids, batch.labels, batch.features[HISTORY].lengths().long(), scores_B)
+    return _Users(vectors_BD.float(), batch.user_ids, batch.labels, lengths_B, scores_B)
 
 
 def _gathered(mine: _Users, ranks: Ranks) -> _Users:

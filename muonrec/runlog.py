@@ -33,7 +33,9 @@ class RunLog:
         tensorboard: also write event files for TensorBoard.
     """
 
-    def __init__(self, folder: str | Path, *, enabled: bool, start_step: int, num_steps: int, tensorboard: bool = True) -> None:
+    def __init__(
+        self, folder: str | Path, *, enabled: bool, start_step: int, num_steps: int, tensorboard: bool = True
+    ) -> None:
         self._enabled = enabled
         if not enabled:
             return
@@ -94,7 +96,9 @@ class RunLog:
     def __enter__(self) -> RunLog:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if not self._enabled:
             return
         self._progress.stop()
@@ -126,7 +130,9 @@ def truncate_metrics(path: Path, step: int) -> None:
 
 def configure_logging(*, is_first: bool) -> None:
     """Once, by a stage: the first rank informs, all ranks warn."""
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname).1s %(message)s", datefmt="%H:%M:%S", force=True)
+    logging.basicConfig(
+        level=logging.WARNING, format="%(asctime)s %(levelname).1s %(message)s", datefmt="%H:%M:%S", force=True
+    )
     for name in ("muonrec", "pipeline", "__main__"):
         logging.getLogger(name).setLevel(logging.INFO if is_first else logging.WARNING)
     # TorchRec, FBGEMM and torch warn, once per rank and start, of things that are theirs to mend.

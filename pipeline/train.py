@@ -89,14 +89,18 @@ class LossConfig(Config):
     """The loss and what the targets compete with."""
 
     name: Loss = "sampled_softmax"
-    negatives: Literal["uniform", "popularity"] = "uniform"
+    negatives: Literal["uniform", "popularity", "mixed"] = "uniform"
     num_negatives: int = Field(default=256, ge=1)
     temperature: float = Field(default=1.0, gt=0)
 
     @property
     def candidates(self) -> Candidates:
         """How the loader draws the candidates."""
-        by_loss: Mapping[Loss, Candidates] = {"full_softmax": "all", "in_batch_softmax": "in_batch", "bce": "per_target"}
+        by_loss: Mapping[Loss, Candidates] = {
+            "full_softmax": "all",
+            "in_batch_softmax": "in_batch",
+            "bce": "per_target",
+        }
         return by_loss.get(self.name, self.negatives)
 
 
@@ -156,7 +160,9 @@ def main() -> None:
     """Parse the command line and train, resuming where an earlier run of the same config stopped."""
     parser = argparse.ArgumentParser(prog="python -m pipeline.train", description=__doc__)
     parser.add_argument("config", help="YAML file of the experiment, such as configs/demo/sasrec.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as dense_optimizer=adamw dense_optimizer.lr=0.001")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="such as dense_optimizer=adamw dense_optimizer.lr=0.001"
+    )
     arguments = parser.parse_args()
     with join_ranks() as ranks:
         configure_logging(is_first=ranks.is_first)
@@ -205,7 +211,9 @@ def train(config: TrainConfig, ranks: Ranks) -> None:
                 pipeline.attach(run.model)
                 best = best.after(step, metrics["valid_ndcg@10"], seconds=clock.seconds)
                 log.write(step, **metrics, seconds=clock.seconds)
-                log.say(f"step {step}: validation NDCG@10 {metrics['valid_ndcg@10']:.4f}, best {best.value:.4f} at {best.step}")
+                log.say(
+                    f"step {step}: validation NDCG@10 {metrics['valid_ndcg@10']:.4f}, best {best.value:.4f} at {best.step}"
+                )
                 run.save(root, step, best)
     logger.info(
         "trained %d steps in %.0f s; best validation NDCG@10 %.4f at step %d; the run is in %s",
@@ -248,7 +256,13 @@ class Run:
             (config.output / "plan.txt").write_text(plan_text + "\n")
         logger.info("sharding plan over %d ranks\n%s", ranks.num_ranks, plan_text)
         for table in fused_tables(model):
-            logger.info("table %s: %s fused into the backward pass, lr %g, eps %g", table.name, table.optimizer, table.lr, table.eps)
+            logger.info(
+                "table %s: %s fused into the backward pass, lr %g, eps %g",
+                table.name,
+                table.optimizer,
+                table.lr,
+                table.eps,
+            )
         logger.info("optimizer of each parameter\n%s", routing)
         schedules = {
             part: config.schedules.get(key, config.schedule).over(num_steps)
@@ -268,7 +282,9 @@ class Run:
 
     def set_rates(self, step: int) -> dict[str, float]:
         """Set every part's learning rate for ``step``; the first rate of each, by name."""
-        return {f"lr_{part}": self.optimizer.scale_lr(part, schedule(step)) for part, schedule in self.schedules.items()}
+        return {
+            f"lr_{part}": self.optimizer.scale_lr(part, schedule(step)) for part, schedule in self.schedules.items()
+        }
 
     def seed_dropout(self, step: int) -> None:
         """Make the step's random numbers a function of seed, step and rank: nothing has to be saved to go on exactly."""
@@ -353,7 +369,11 @@ def make_model(config: TrainConfig, sequences: Sequences, ranks: Ranks) -> tuple
     loss = NextItemLoss(config.loss.name, temperature=config.loss.temperature)
     model = MODELS[config.model.name](config.model, num_items=sequences.num_items, loss=loss)
     sharded, plan = shard_model(
-        model, config.tables, dense=config.dense_sharding, ranks=ranks, batch_size=max(config.batch_size // ranks.num_ranks, 1)
+        model,
+        config.tables,
+        dense=config.dense_sharding,
+        ranks=ranks,
+        batch_size=max(config.batch_size // ranks.num_ranks, 1),
     )
     initialize_tables(sharded, std={name: table.init_std for name, table in config.tables.items()}, seed=config.seed)
     return sharded, plan
@@ -387,7 +407,9 @@ def load_run(folder: str | Path, which: str, ranks: Ranks) -> tuple[ShardedEncod
     folder = Path(folder)
     resolved = folder / "resolved.yaml"
     if not resolved.is_file():
-        raise ValueError(f"{folder} is not a run: there is no resolved.yaml; pass the output of python -m pipeline.train")
+        raise ValueError(
+            f"{folder} is not a run: there is no resolved.yaml; pass the output of python -m pipeline.train"
+        )
     config = load_config(TrainConfig, resolved)
     last = checkpoint.newest(folder / "checkpoints")
     if last is None:
@@ -411,7 +433,9 @@ def check_output(config: TrainConfig) -> None:
     if not resolved.is_file() or checkpoint.newest(config.output / "checkpoints") is None:
         return  # nothing was learned there yet
     before, now = yaml.safe_load(resolved.read_text()), config.model_dump(mode="json")
-    differing = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key) and key not in _MAY_DIFFER)
+    differing = sorted(
+        key for key in before.keys() | now.keys() if before.get(key) != now.get(key) and key not in _MAY_DIFFER
+    )
     if differing:
         raise ValueError(
             f"{config.output} holds a run whose {', '.join(differing)} differ from this config; "

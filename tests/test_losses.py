@@ -25,9 +25,7 @@ def made():
 def batch_of(labels, candidates, log_q=None, step=4):
     features = {"candidates": SimpleNamespace(values=lambda: candidates)}
     log_q = torch.empty(0) if log_q is None else log_q
-    return SimpleNamespace(
-        features=features, labels=labels, log_q=log_q, user_ids=torch.tensor([17, 18]), step=step
-    )
+    return SimpleNamespace(features=features, labels=labels, log_q=log_q, user_ids=torch.tensor([17, 18]), step=step)
 
 
 @pytest.mark.parametrize("corrected", [False, True])
@@ -48,9 +46,7 @@ def test_sampled_softmax_equals_a_loop(made, corrected):
 
 def test_sampled_softmax_over_all_items_is_the_full_softmax(made):
     everything = torch.arange(ITEMS)
-    sampled = sampled_softmax(
-        made.hidden, made.table[made.labels], made.table, made.labels, everything, torch.empty(0)
-    )
+    sampled = sampled_softmax(made.hidden, made.table[made.labels], made.table, made.labels, everything, torch.empty(0))
     torch.testing.assert_close(sampled, full_softmax(made.hidden, made.table, made.labels), rtol=1e-12, atol=1e-12)
 
 
@@ -108,7 +104,10 @@ def test_a_share_without_targets_costs_nothing(made, kind):
     log_q = torch.empty(0)
     hidden = made.hidden[:0].requires_grad_()
     loss, statistics = NextItemLoss(kind)(
-        hidden, made.table[none], made.table[candidates], SimpleNamespace(**vars(batch_of(none, candidates, log_q)) | {"user_ids": none})
+        hidden,
+        made.table[none],
+        made.table[candidates],
+        SimpleNamespace(**vars(batch_of(none, candidates, log_q)) | {"user_ids": none}),
     )
     loss.backward()
     assert loss.item() == 0.0

@@ -63,11 +63,14 @@ def made_up_seen(user_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def batch_of(user_ids: np.ndarray) -> SequenceBatch:
     user_ids = torch.as_tensor(user_ids)
     history_lengths = user_ids % 4 + 1
+    rows = max(len(user_ids), 1)  # an empty batch has one empty row, as the loader's has
+    lengths = torch.zeros(3, rows, dtype=torch.int64)
+    lengths[0, : len(user_ids)] = history_lengths
     features = KeyedJaggedTensor(
         keys=[HISTORY, TARGETS, CANDIDATES],
         values=torch.zeros(int(history_lengths.sum()), dtype=torch.int64),
-        lengths=torch.cat([history_lengths, torch.zeros(2 * len(user_ids), dtype=torch.int64)]),
-        stride=len(user_ids),
+        lengths=lengths.flatten(),
+        stride=rows,
     )
     fields = {field.name for field in dataclasses.fields(SequenceBatch)}
     more = {"log_q": torch.empty(0), "groups": []}  # what training alone needs

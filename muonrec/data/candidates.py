@@ -9,7 +9,7 @@ from typing import Literal
 
 import numpy as np
 
-Candidates = Literal["all", "in_batch", "uniform", "popularity", "per_target"]
+Candidates = Literal["all", "in_batch", "uniform", "popularity", "mixed", "per_target"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,8 +21,9 @@ class CandidateSampler:
 
     Args:
         kind: ``all`` items; ``in_batch``: the other targets of the rank's share; ``uniform`` or ``popularity``
-            (training counts to the power of 0.75, Mikolov et al. 2013): ``count`` shared negatives with replacement;
-            ``per_target``: ``count`` uniform negatives for each target.
+            (training counts to the power of 0.75, Mikolov et al. 2013) or ``mixed`` (each of the ``count`` uniform or by
+            training counts at even odds, as in-batch and uniform negatives together are; Yang et al. 2020): shared
+            negatives with replacement; ``per_target``: ``count`` uniform negatives for each target.
         num_items: rows of the item table.
         count: negatives, ignored for ``all`` and ``in_batch``.
         item_counts: int64 ``[num_items]``, occurrences in the training events; for ``popularity`` and ``in_batch``.
@@ -39,12 +40,14 @@ class CandidateSampler:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.kind in ("uniform", "popularity", "per_target") and self.count < 1:
-            raise ValueError(f"candidates {self.kind!r} need at least one negative, found count={self.count}; set num_negatives")
-        if self.kind in ("popularity", "in_batch") and self.item_counts is None:
+        if self.kind in ("uniform", "popularity", "mixed", "per_target") and self.count < 1:
+            raise ValueError(
+                f"candidates {self.kind!r} need at least one negative, found count={self.count}; set num_negatives"
+            )
+        if self.kind in ("popularity", "mixed", "in_batch") and self.item_counts is None:
             raise ValueError(f"candidates {self.kind!r} need the items' training counts; pass item_counts")
         object.__setattr__(self, "_probability", self._sampling_probability())
-        if self.kind == "popularity":
+        if self.kind in ("popularity", "mixed"):
             object.__setattr__(self, "_cumulative", np.cumsum(self._probability))
 
     def shared(self, step: int) -> np.ndarray:
@@ -53,9 +56,11 @@ class CandidateSampler:
             return np.arange(self.num_items, dtype=np.int64)
         if self.kind == "uniform":
             return self._generator(step).integers(0, self.num_items, self.count, dtype=np.int64)
-        if self.kind == "popularity":
+        if self.kind in ("popularity", "mixed"):
             draws = self._generator(step).random(self.count)
-            return np.minimum(np.searchsorted(self._cumulative, draws, side="right"), self.num_items - 1).astype(np.int64)
+            return np.minimum(np.searchsorted(self._cumulative, draws, side="right"), self.num_items - 1).astype(
+                np.int64
+            )
         return np.empty(0, dtype=np.int64)
 
     def per_target(self, step: int, stream: int, num_targets: int) -> np.ndarray:
@@ -69,12 +74,13 @@ class CandidateSampler:
         return np.log(self._probability[item_ids]).astype(np.float32)
 
     def _sampling_probability(self) -> np.ndarray | None:
-        if self.kind not in ("popularity", "in_batch"):
+        if self.kind not in ("popularity", "mixed", "in_batch"):
             return None
         # An item never seen in training still needs a finite log: it counts as seen once.
         counts = np.maximum(np.asarray(self.item_counts, dtype=np.float64), 1.0)
         weights = counts**0.75 if self.kind == "popularity" else counts
-        return weights / weights.sum()
+        probability = weights / weights.sum()
+        return (probability + 1.0 / self.num_items) / 2 if self.kind == "mixed" else probability
 
     def _generator(self, *key: int) -> np.random.Generator:
         return np.random.Generator(np.random.Philox(np.random.SeedSequence([self.seed, 0xCA9D, *key])))

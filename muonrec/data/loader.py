@@ -73,7 +73,9 @@ class TrainingBatches:
 
         trainable = np.flatnonzero(sequences.num_train >= 2)
         if trainable.size == 0:
-            raise ValueError("no user has two training events, so there is nothing to learn; check the data set's split")
+            raise ValueError(
+                "no user has two training events, so there is nothing to learn; check the data set's split"
+            )
         self._streams = [trainable[stream::num_streams] for stream in range(num_streams)]
         self.steps_per_epoch = -(-self._streams[0].size // self._users_per_stream)
         self._order: dict[int, np.ndarray] = {}

@@ -104,7 +104,9 @@ def check_tables(model: DistributedModelParallel, tables: Mapping[str, TableConf
     fused = {key for key, _ in model.fused_optimizer.params.items()}
     left = [key for key, _ in in_backward_optimizer_filter(model.named_parameters()) if key in fused]
     if left:
-        raise ValueError(f"tables {left} are updated in the backward pass and would be updated again by a dense optimizer")
+        raise ValueError(
+            f"tables {left} are updated in the backward pass and would be updated again by a dense optimizer"
+        )
 
 
 class JoinedOptimizer(CombinedOptimizer):
@@ -206,7 +208,9 @@ def build_optimizer(
         ValueError: a pattern that matches nothing, or neither or both of ``muon`` and ``matrices``.
     """
     if (muon is None) == (matrices is None):
-        raise ValueError("give the matrices one optimizer: either muon=dict(lr=...) or muon=None, matrices=dict(lr=...)")
+        raise ValueError(
+            "give the matrices one optimizer: either muon=dict(lr=...) or muon=None, matrices=dict(lr=...)"
+        )
     routing = explain(model, overrides=overrides)
     dense = dict(in_backward_optimizer_filter(model.named_parameters()))
     routed = {where: {a.name: dense[a.name] for a in routing if a.optimizer == where} for where in ("muon", "adamw")}
@@ -216,6 +220,13 @@ def build_optimizer(
     if routed["muon"] and muon is not None:
         parts["muon"] = DenseOptimizer(routed["muon"], lambda named: DistributedMuon(named, splits=splits, **muon))
     elif routed["muon"]:
+        # The table that is printed must say what happens: these matrices have an AdamW, with rates of their own.
+        routing = [
+            dataclasses.replace(a, optimizer="adamw", split=None, reason=f"{a.reason}; in the group of matrices")
+            if a.optimizer == "muon"
+            else a
+            for a in routing
+        ]
         parts["matrices"] = DenseOptimizer(routed["muon"], lambda named: _adamw(named, **(matrices or {})))
     if routed["adamw"]:
         parts["adamw"] = DenseOptimizer(
@@ -224,7 +235,9 @@ def build_optimizer(
     return JoinedOptimizer(parts, routing)
 
 
-def explain(model: DistributedModelParallel | JoinedOptimizer, *, overrides: Sequence[tuple[str, str]] = ()) -> list[Assignment]:
+def explain(
+    model: DistributedModelParallel | JoinedOptimizer, *, overrides: Sequence[tuple[str, str]] = ()
+) -> list[Assignment]:
     """Which optimizer updates each trainable parameter, in which blocks and why; `format_routing` prints it.
 
     Args:
@@ -236,7 +249,9 @@ def explain(model: DistributedModelParallel | JoinedOptimizer, *, overrides: Seq
     whole = {name: tuple(value.size()) for name, value in model.state_dict().items()}
     return [
         # A rank sees its own rows of a table under the table's name.
-        dataclasses.replace(assignment, shape=whole[assignment.name]) if assignment.optimizer == "sparse" else assignment
+        dataclasses.replace(assignment, shape=whole[assignment.name])
+        if assignment.optimizer == "sparse"
+        else assignment
         for assignment in param_groups(model.module, rules=(table_rule(model.module),), overrides=overrides)
     ]
 

@@ -51,7 +51,9 @@ def shard_model(
         ValueError: tables without settings, settings without a table, or no plan that satisfies them.
     """
     fuse_optimizers(model, tables)
-    plan = make_plan(model, {name: table.sharding for name, table in tables.items()}, ranks=ranks, batch_size=batch_size)
+    plan = make_plan(
+        model, {name: table.sharding for name, table in tables.items()}, ranks=ranks, batch_size=batch_size
+    )
     for parameter in model.parameters():
         if not parameter.is_meta and ranks.num_ranks > 1:
             # DDP would broadcast these by itself; FSDP2 would stitch shards of different initialisations together.
@@ -81,7 +83,9 @@ def make_plan(
         name: ParameterConstraints(
             sharding_types=_SHARDED if choice == "auto" else [choice],
             # Without this the planner may pick a dense kernel, and the fused optimizer would never run.
-            compute_kernels=[EmbeddingComputeKernel.DENSE.value if choice == "data_parallel" else EmbeddingComputeKernel.FUSED.value],
+            compute_kernels=[
+                EmbeddingComputeKernel.DENSE.value if choice == "data_parallel" else EmbeddingComputeKernel.FUSED.value
+            ],
             pooling_factors=[1.0],
         )
         for name, choice in sharding.items()
@@ -92,7 +96,9 @@ def make_plan(
         # plan(), not collective_plan(): a failure of the latter raises on rank 0 and leaves the others waiting.
         return planner.plan(model, _sharders())
     except (PlannerError, RuntimeError) as error:
-        raise ValueError(f"no sharding plan for {dict(sharding)} on {ranks.num_ranks} ranks of {ranks.device.type}: {error}") from error
+        raise ValueError(
+            f"no sharding plan for {dict(sharding)} on {ranks.num_ranks} ranks of {ranks.device.type}: {error}"
+        ) from error
 
 
 def format_plan(plan: ShardingPlan) -> str:
@@ -118,7 +124,9 @@ def format_plan(plan: ShardingPlan) -> str:
             if not shards:
                 rows.append((name, parameter.sharding_type, parameter.compute_kernel, "all", "all", "all"))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
 
 
 class FSDP2Wrapper(DataParallelWrapper):

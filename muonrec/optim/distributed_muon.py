@@ -6,7 +6,6 @@ a shard of the momentum on each rank; the shards of what is to be orthogonalized
 result back.
 """
 
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,9 +17,17 @@ from torch.distributed.tensor import DTensor, Shard
 
 from muonrec.optim.exchange import Exchange, Incoming, Outgoing
 from muonrec.optim.muon import Muon, Params, newton_schulz_settings, step_settings
-from muonrec.optim.newton_schulz import JORDAN_COEFFICIENT, Coefficients, orthogonalize
+from muonrec.optim.newton_schulz import JORDAN_COEFFICIENT, Coefficients
 from muonrec.optim.ownership import assign_owners, newton_schulz_cost, plan_hash, shard_range
-from muonrec.optim.update import Split, apply_update_, as_matrix, look_ahead, matrix_shape, update_momentum_
+from muonrec.optim.update import (
+    Split,
+    apply_update_,
+    as_matrix,
+    look_ahead,
+    matrix_shape,
+    orthogonalize_batched,
+    update_momentum_,
+)
 
 # R = rows, C = columns of a parameter taken as a matrix
 
@@ -202,18 +209,7 @@ class DistributedMuon(Muon):
     def _compare_plans(self) -> None:
         if self.num_ranks == 1:
             return
-        rows = [
-            [
-                m.name,
-                list(m.param.shape),
-                str(m.param.dtype),
-                m.shard_dim,
-                [m.split.dim, *m.split.sizes],
-                m.owner,
-                m.bucket,
-            ]
-            for m in self._matrices
-        ]
+        rows = [self._plan_row(matrix) for matrix in self._matrices]
         hashes: list[Any] = [None] * self.num_ranks
         dist.all_gather_object(hashes, plan_hash(rows), group=self.process_group)
         if len(set(hashes)) == 1:
@@ -222,12 +218,29 @@ class DistributedMuon(Muon):
         dist.all_gather_object(plans, rows, group=self.process_group)
         other = next(rank for rank in range(self.num_ranks) if hashes[rank] != hashes[0])
         ours, theirs = [{row[0]: row for row in plans[rank]} for rank in (0, other)]
-        differing = [name for name in ours | theirs if ours.get(name) != theirs.get(name)] or ["their order"]
+        # Absent ones first: one name too many moves the owners of others.
+        differing = [name for name in ours | theirs if (name in ours) != (name in theirs)]
+        differing = differing or [name for name in ours if ours[name] != theirs[name]] or ["their order"]
         raise ValueError(
             f"ranks 0 and {other} were given different parameters: they differ in {differing[0]}"
             f" ({ours.get(differing[0], 'absent')} and {theirs.get(differing[0], 'absent')}), {len(differing)} in all; "
-            "give every rank the same names, shapes, dtypes, placements and splits in the same order"
+            "give every rank the same names, shapes, dtypes, placements, splits and settings in the same order"
         )
+
+    def _plan_row(self, matrix: _Matrix) -> list[Any]:
+        """What must be the same on every rank, in plain values."""
+        split, group = matrix.split, self.param_groups[matrix.group_index]
+        # A rate in a tensor prints its device, which differs between ranks.
+        settings = {key: str(float(group[key]) if key == "lr" else group[key]) for key in self.defaults}
+        layout = [list(matrix.param.shape), str(matrix.param.dtype), matrix.shard_dim]
+        return [
+            matrix.name,
+            *layout,
+            [split.dim, *split.sizes, split.transposed],
+            matrix.owner,
+            matrix.bucket,
+            settings,
+        ]
 
     def _holds_momentum(self, matrix: _Matrix) -> bool:
         return matrix.is_sharded or matrix.owner == self.rank
@@ -268,8 +281,7 @@ class DistributedMuon(Muon):
         It is the owner or, going up from there and around, the first rank that has the gradient.
         """
         distances = [
-            (self.rank - m.owner) % self.num_ranks if m.param.grad is not None else self.num_ranks
-            for m in self._matrices
+            (self.rank - m.owner) % self.num_ranks if _has_gradient(m) else self.num_ranks for m in self._matrices
         ]
         if self.num_ranks > 1:
             shared = torch.tensor(distances, dtype=torch.int32, device=self._device)
@@ -320,27 +332,9 @@ class DistributedMuon(Muon):
                 grad = m.param.grad if source == self.rank else next(arrived[source])
                 updates[m.name] = as_matrix(self._advance_momentum(m, grad)).to(self._wire_dtype(m))
 
-        # Matrices of a recommender are small, and launching costs more than multiplying: equal shapes go as one batch.
-        # Tall ones are laid on their side, which is what the iteration would do to them.
-        batches: dict[Any, list[tuple[str, int, Tensor]]] = defaultdict(list)
+        splits = {m.name: m.split for m in owned}
         settings = {m.name: newton_schulz_settings(self.param_groups[m.group_index]) for m in owned}
-        for m in owned:
-            for i, block in enumerate(updates[m.name].split(m.split.sizes, m.split.dim)):
-                wide = _lay_on_side(block)
-                batches[wide.shape, wide.dtype, str(settings[m.name])].append((m.name, i, wide))
-        results: dict[tuple[str, int], Tensor] = {}
-        for batch in batches.values():
-            keys, blocks = [(name, i) for name, i, _ in batch], [block for _, _, block in batch]
-            # One alone goes as a matrix: torch's Muon multiplies so, and equality to the bit is easier to debug.
-            many = torch.stack(blocks) if len(blocks) > 1 else blocks[0]
-            many = orthogonalize(many, **settings[batch[0][0]])
-            results |= zip(keys, many.unbind() if len(blocks) > 1 else [many], strict=True)
-
-        for m in owned:
-            shapes = m.split.shapes(m.shape)
-            blocks = [_lay_on_side(results[m.name, i], was=shape) for i, shape in enumerate(shapes)]
-            updates[m.name] = torch.cat(blocks, m.split.dim) if len(blocks) > 1 else blocks[0]
-        return updates
+        return orthogonalize_batched(updates, splits, settings)
 
     def _send_from_owners(self, bucket: list[_Matrix], updates: Mapping[str, Tensor]) -> Exchange:
         """Send each rank its shard of a sharded update and the whole of a replicated one."""
@@ -400,11 +394,15 @@ class DistributedMuon(Muon):
                 )
 
 
+def _has_gradient(matrix: _Matrix) -> bool:
+    grad = matrix.param.grad
+    if isinstance(grad, DTensor) and isinstance(matrix.param, DTensor) and grad.placements != matrix.param.placements:
+        raise ValueError(
+            f"the gradient of '{matrix.name}' is placed as {tuple(grad.placements)} but the parameter as "
+            f"{tuple(matrix.param.placements)}; redistribute the gradient before step()"
+        )
+    return grad is not None
+
+
 def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def _lay_on_side(matrix: Tensor, was: tuple[int, int] | None = None) -> Tensor:
-    """Transpose a matrix whose shape (or earlier shape ``was``) is taller than wide."""
-    rows, columns = was or matrix.shape
-    return matrix.mT if rows > columns else matrix

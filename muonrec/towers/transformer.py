@@ -79,7 +79,10 @@ class TransformerBlock(nn.Module):
         self.attention = CausalAttention(embedding_dim, num_heads, dropout)
         self.feedforward_norm = nn.LayerNorm(embedding_dim)
         self.feedforward = nn.Sequential(
-            nn.Linear(embedding_dim, feedforward_dim), nn.GELU(), nn.Dropout(dropout), nn.Linear(feedforward_dim, embedding_dim)
+            nn.Linear(embedding_dim, feedforward_dim),
+            nn.GELU(),
+            nn.Dropout(dropout),
+            nn.Linear(feedforward_dim, embedding_dim),
         )
         self.dropout = nn.Dropout(dropout)
 

@@ -101,7 +101,10 @@ def test_negatives_of_a_target_stay_with_it_for_any_number_of_ranks():
 
     # The draws belong to a stream's users in their order, whichever rank serves it.
     alone = negatives(loader(kind="per_target").share(2))
-    assert negatives(loader(0, 2, kind="per_target").share(2)) | negatives(loader(1, 2, kind="per_target").share(2)) == alone
+    assert (
+        negatives(loader(0, 2, kind="per_target").share(2)) | negatives(loader(1, 2, kind="per_target").share(2))
+        == alone
+    )
 
 
 def test_targets_are_looked_up_only_where_the_loss_needs_them():
@@ -122,6 +125,14 @@ def test_popular_items_are_drawn_more_often():
     draws = CandidateSampler("popularity", num_items=4, count=4000, item_counts=counts).shared(0)
     expected = 1000**0.75 / (1000**0.75 + 3 * 10**0.75)
     assert abs((draws == 0).mean() - expected) < 0.03
+
+
+def test_mixed_negatives_are_half_uniform_and_half_by_popularity():
+    counts = np.array([97, 1, 1, 1])
+    sampler = CandidateSampler("mixed", num_items=4, count=4000, item_counts=counts)
+    expected = np.array([0.5 * 0.97 + 0.125, *[0.5 * 0.01 + 0.125] * 3])
+    np.testing.assert_allclose(np.exp(sampler.log_q(np.arange(4))), expected, rtol=1e-6)  # rtol: float32
+    np.testing.assert_allclose(np.bincount(sampler.shared(0)) / 4000, expected, atol=0.03)
 
 
 def test_a_rank_without_users_brings_an_empty_batch_of_stride_one():

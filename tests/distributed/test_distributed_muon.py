@@ -203,6 +203,25 @@ def test_a_sharded_gradient_missing_on_one_rank_is_zero_there(layout, dim):
         _assert_all_close(buffers, expected_buffers, **CLOSE)
 
 
+def _train_with_a_bad_value(layout):
+    params = _parameters(layout)
+    optimizer = DistributedMuon(params.items(), splits=SPLITS, weight_decay=0.0)
+    for name, param in params.items():
+        gradient = torch.zeros(SHAPES[name])
+        if name == "wide":
+            gradient[0, 0] = float("nan")
+        param.grad = _laid_out(gradient, layout[name])
+    optimizer.step()
+    return {name: _whole(param.detach()) for name, param in params.items()}
+
+
+@pytest.mark.parametrize("layout", ["replicated", "mixed"])
+def test_a_nan_shows_in_its_own_matrix_and_a_zero_gradient_moves_nothing(layout):
+    for params in run_on_ranks(2, _train_with_a_bad_value, LAYOUTS[layout]):
+        assert params.pop("wide").isnan().all()
+        _assert_all_close(params, {name: _tensor(name, -1) for name in SHAPES}, atol=0, rtol=0)
+
+
 def _largest_change_of_gradients(layout, settings):
     params = _parameters(layout)
     optimizer = DistributedMuon(params.items(), splits=SPLITS, **settings)
@@ -432,14 +451,63 @@ def _message(params):
     return str(error.value)
 
 
-def _message_for_different_plans():
-    return _message([("proj", nn.Parameter(torch.zeros(4, 4 + dist.get_rank())))])
+def _messages_for_different_plans():
+    rank = dist.get_rank()
+    square = nn.Parameter(torch.zeros(4, 4))
+    return [
+        _message([("proj", nn.Parameter(torch.zeros(4, 4 + rank)))]),
+        _message([("proj", square), *([("extra", nn.Parameter(torch.zeros(4, 4)))] * rank)]),
+        _message([{"params": [("proj", square)], "lr": 0.25 + rank}]),
+    ]
 
 
-def test_ranks_with_different_parameters_are_told_which():
-    for message in run_on_ranks(2, _message_for_different_plans):
-        assert "ranks 0 and 1 were given different parameters: they differ in proj" in message
-        assert "[4, 4]" in message and "[4, 5]" in message
+def test_ranks_with_different_parameters_or_settings_are_told_which():
+    for shapes, names, settings in run_on_ranks(2, _messages_for_different_plans):
+        assert "ranks 0 and 1 were given different parameters: they differ in proj" in shapes
+        assert "[4, 4]" in shapes and "[4, 5]" in shapes
+        assert "they differ in extra (absent and ['extra', [4, 4]" in names
+        assert "'lr': '0.25'" in settings and "'lr': '1.25'" in settings
+
+
+def test_parameters_without_names_are_refused():
+    message = _message([nn.Parameter(torch.zeros(4, 4))])
+    assert "without names" in message and "pass model.named_parameters()" in message
+
+
+def test_a_name_that_comes_twice_is_refused():
+    assert "two parameters are called 'proj'" in _message([("proj", nn.Parameter(torch.ones(2, 2))) for _ in range(2)])
+
+
+def test_a_bias_is_refused():
+    assert "'bias' of shape (4,), which is not a matrix" in _message([("bias", nn.Parameter(torch.zeros(4)))])
+
+
+def test_a_group_after_construction_is_refused():
+    optimizer = DistributedMuon([("proj", nn.Parameter(torch.zeros(4, 4)))])
+    with pytest.raises(ValueError, match="given a group after its owners were planned; construct it with all groups"):
+        optimizer.add_param_group({"params": [("late", nn.Parameter(torch.zeros(4, 4)))]})
+
+
+def test_without_torch_distributed_it_is_muon():
+    expected, _ = _train_plainly({"ns_dtype": torch.float32})
+    params, buffers = _train(dict.fromkeys(SHAPES, None), {"ns_dtype": torch.float32})
+    _assert_all_close(params, expected, **CLOSE)
+    assert set(buffers) == set(SHAPES)
+
+
+def _message_for_a_gradient_placed_elsewhere():
+    mesh = init_device_mesh("cpu", (2,))
+    param = nn.Parameter(distribute_tensor(torch.ones(4, 4), mesh, [Shard(0)]))
+    optimizer = DistributedMuon([("proj", param)])
+    param.grad = distribute_tensor(torch.ones(4, 4), mesh, [Shard(1)])
+    with pytest.raises(ValueError) as error:
+        optimizer.step()
+    return str(error.value)
+
+
+def test_a_gradient_placed_otherwise_than_its_parameter_is_refused():
+    for message in run_on_ranks(2, _message_for_a_gradient_placed_elsewhere):
+        assert "the gradient of 'proj' is placed as (Shard(dim=1),) but the parameter as (Shard(dim=0),)" in message
 
 
 def _messages_for_placements():

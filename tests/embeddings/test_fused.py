@@ -109,7 +109,9 @@ def initial_state(dense):
     unchanged = all(torch.equal(before[name], whole(value)) for name, value in dmp.state_dict().items())
     names = sorted(optimizer.state_dict()["state"])
     states = {
-        key: sorted(state) for key, state in optimizer.state_dict()["state"].items() if key.startswith(("muon", "adamw"))
+        key: sorted(state)
+        for key, state in optimizer.state_dict()["state"].items()
+        if key.startswith(("muon", "adamw"))
     }
     sharded_state = [isinstance(v, DTensor) for s in optimizer.parts["muon"].state.values() for v in s.values()]
     return unchanged, names, states, sharded_state
@@ -145,6 +147,18 @@ def test_every_parameter_is_routed_once_by_its_role():
     assert {a.name for a in after if a.optimizer == "muon"} == {
         a.name for a in before if a.optimizer == "muon" and "query" not in a.name
     }
+
+
+def routing_of_adamw():
+    optimizer = joined(sharded()[0], dense="adamw")
+    return optimizer.routing, list(optimizer.parts["matrices"].params)
+
+
+def test_the_routing_of_an_adamw_arm_says_adamw():
+    assignments, matrices = run_on_ranks(1, routing_of_adamw)[0]
+    assert {a.optimizer for a in assignments} == {"sparse", "adamw"}
+    assert [a.name for a in assignments if a.reason.endswith("in the group of matrices")] == matrices
+    assert len(matrices) == 12
 
 
 def encoded(num_items):

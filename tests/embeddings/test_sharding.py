@@ -41,7 +41,9 @@ def sharded(kind="full_softmax", dense="ddp", sharding="row_wise", optimizer="ro
 def joined(dmp, dense="muon", **settings):
     rates = {"lr": 0.01}
     muon, matrices = ({**rates, "ns_dtype": torch.float32}, None) if dense == "muon" else (None, rates)
-    return build_optimizer(dmp, muon=muon, matrices=matrices, adamw={"lr": 1e-3, **settings.pop("adamw", {})}, **settings)
+    return build_optimizer(
+        dmp, muon=muon, matrices=matrices, adamw={"lr": 1e-3, **settings.pop("adamw", {})}, **settings
+    )
 
 
 def batches_of(kind):
@@ -110,7 +112,9 @@ def gradients(dense, sharding):
     return {**found, table: before - whole(dmp.state_dict()[table])}
 
 
-@pytest.mark.parametrize(("num_ranks", "dense", "sharding"), [(2, "ddp", "row_wise"), (2, "fsdp2", "table_wise"), (3, "ddp", "column_wise")])
+@pytest.mark.parametrize(
+    ("num_ranks", "dense", "sharding"), [(2, "ddp", "row_wise"), (2, "fsdp2", "table_wise"), (3, "ddp", "column_wise")]
+)
 def test_one_rank_and_several_give_equal_gradients(num_ranks, dense, sharding):
     alone = run_on_ranks(1, gradients, "ddp", "table_wise")[0]
     assert all(gradient.abs().max() > 0 for gradient in alone.values())
@@ -139,7 +143,9 @@ def test_any_number_of_ranks_follows_the_gradient_of_one(kind, dense, sharding, 
         for name in parameters:
             if name.endswith("key.bias"):
                 continue  # softmax does not depend on it: its gradient is rounding alone, which AdamW scales up
-            torch.testing.assert_close(got[name], parameters[name], rtol=1e-3, atol=2e-4, msg=lambda m, n=name: f"{n}: {m}")
+            torch.testing.assert_close(
+                got[name], parameters[name], rtol=1e-3, atol=2e-4, msg=lambda m, n=name: f"{n}: {m}"
+            )
 
 
 def test_the_in_batch_loss_trains_on_any_number_of_ranks():
@@ -187,7 +193,10 @@ def faults():
     attempts = (
         lambda: fuse_optimizers(model, {}),
         lambda: fuse_optimizers(model, {"item": TableConfig(lr=1.0), "brand": TableConfig(lr=1.0)}),
-        lambda: (fuse_optimizers(model, {"item": TableConfig(lr=1.0)}), fuse_optimizers(model, {"item": TableConfig(lr=1.0)})),
+        lambda: (
+            fuse_optimizers(model, {"item": TableConfig(lr=1.0)}),
+            fuse_optimizers(model, {"item": TableConfig(lr=1.0)}),
+        ),
         lambda: check_tables(dmp, {"item": TableConfig(lr=0.07)}),
         lambda: check_tables(dmp, {"item": TableConfig(lr=0.05, optimizer="sgd")}),
         lambda: check_tables(dmp, {"item": TableConfig(lr=0.05, eps=1e-3)}),
