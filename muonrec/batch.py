@@ -20,15 +20,15 @@ class SequenceBatch(Pipelineable):
     """Users' histories, packed, with what is to be predicted.
 
     Args:
-        features: stride B (1 when there are no users), keys ``history`` (the input events of each user), ``targets`` (the items to be predicted
-            whose rows the loss looks up; empty when it needs none) and ``candidates`` (the items they compete with,
-            all in the first user's slot). All three are features of the table ``item``; ids are int64.
+        features: stride B (1 when there are no users), keys ``history`` (the input events of each user), ``targets``
+            (the items to be predicted whose rows the loss looks up; empty when it needs none) and ``candidates`` (the
+            items they compete with, all in the first user's slot). All are features of the table ``item``; ids int64.
         labels: int64. Training: ``[T]``, the item that follows each event of the history. Evaluation: ``[B]``, the one
             held-out item of each user.
         log_q: float32 ``[T + C]``, log sampling probability of the labels and of the candidates; empty when uniform.
         user_ids: int64 ``[B]``, rows of the user vocabulary.
-        groups: on the host, for users in order of falling history: ``(users, events, longest history)`` of each group of
-            like length, so that attention pads little and asks the device nothing.
+        groups: on the host, for users in order of falling history: ``(users, events, longest history)`` of each group
+            of like length, so that attention pads little and asks the device nothing.
         step: the global batch this is a share of, counted from the start of training; for messages.
     """
 

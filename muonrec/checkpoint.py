@@ -1,4 +1,4 @@
-"""Checkpoints: one DCP folder for model and optimizers, progress as JSON beside it, and a marker that is written last."""
+"""Checkpoints: one DCP folder for model and optimizers, progress as JSON beside it, a marker that is written last."""
 
 from __future__ import annotations
 

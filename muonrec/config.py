@@ -1,4 +1,4 @@
-"""Configuration: one YAML file, `key=value` overrides and a frozen pydantic model that refuses what it does not know."""
+"""Configuration: a YAML file, `key=value` overrides and a frozen pydantic model that refuses what it does not know."""
 
 from __future__ import annotations
 

@@ -20,8 +20,8 @@ Loss = Literal["full_softmax", "sampled_softmax", "in_batch_softmax", "bce"]
 class NextItemLoss(nn.Module):
     """Mean loss in nats over the targets of the *global* batch, so that any number of ranks follows one gradient.
 
-    The value returned is this rank's sum times ``num_ranks / targets of all ranks``: the mean over ranks that DDP, FSDP2
-    and TorchRec's tables take of the gradients is then the gradient of the global mean.
+    The value returned is this rank's sum times ``num_ranks / targets of all ranks``: the mean over ranks that DDP,
+    FSDP2 and TorchRec's tables take of the gradients is then the gradient of the global mean.
 
     Args:
         kind: ``full_softmax``: cross-entropy over all items. ``sampled_softmax``: over the target and shared negatives,
@@ -129,9 +129,9 @@ def _global_mean(nats_T: torch.Tensor, batch: SequenceBatch) -> tuple[torch.Tens
     for rank, (loss, num_targets, user) in enumerate(shares):
         if loss != loss or abs(loss) == float("inf"):
             raise FloatingPointError(
-                f"the loss of step {batch.step} is {loss} on rank {rank}, whose share of the batch has {int(num_targets)} targets "
-                f"and starts with user {int(user)}; nothing was updated by this step. Lower the learning rates, or look at "
-                "that batch; the last checkpoint is intact"
+                f"the loss of step {batch.step} is {loss} on rank {rank}, whose share of the batch has "
+                f"{int(num_targets)} targets and starts with user {int(user)}; nothing was updated by this step. Lower "
+                "the learning rates, or look at that batch; the last checkpoint is intact"
             )
     total = sum(num_targets for _, num_targets, _ in shares)
     mean = sum(loss for loss, _, _ in shares) / max(total, 1.0)

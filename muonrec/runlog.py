@@ -22,8 +22,8 @@ _SECONDS_BETWEEN_LINES = 15.0
 class RunLog:
     """Writes what happened at each step; only the first rank's does anything.
 
-    ``metrics.jsonl`` holds one JSON object a line, in order of steps. Opening it at ``start_step`` drops later lines, which
-    an interrupted run wrote after its last checkpoint.
+    ``metrics.jsonl`` holds one JSON object a line, in order of steps. Opening it at ``start_step`` drops later lines,
+    which an interrupted run wrote after its last checkpoint.
 
     Args:
         folder: of the run.

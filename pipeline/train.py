@@ -19,7 +19,7 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
 from muonrec import checkpoint
-from muonrec.config import Config, load_config, name_only, parse_config, to_yaml
+from muonrec.config import Config, load_config, name_only, to_yaml
 from muonrec.data.candidates import Candidates, CandidateSampler
 from muonrec.data.loader import TrainingBatches, evaluation_batches
 from muonrec.data.shards import Sequences, load_sequences
@@ -152,6 +152,14 @@ class TrainConfig(Config):
         return self
 
 
+# Which entry of ``schedules`` each part of the optimizer follows.
+_SCHEDULED: Mapping[str, Literal["tables", "dense", "adamw"]] = {
+    "tables": "tables",
+    "muon": "dense",
+    "matrices": "dense",
+    "adamw": "adamw",
+}
+
 # What may differ when a run is resumed: it changes where things are computed or written, not what is learned.
 _MAY_DIFFER = {"dense_sharding", "log_every_steps", "tensorboard", "checkpoints"}
 
@@ -211,9 +219,8 @@ def train(config: TrainConfig, ranks: Ranks) -> None:
                 pipeline.attach(run.model)
                 best = best.after(step, metrics["valid_ndcg@10"], seconds=clock.seconds)
                 log.write(step, **metrics, seconds=clock.seconds)
-                log.say(
-                    f"step {step}: validation NDCG@10 {metrics['valid_ndcg@10']:.4f}, best {best.value:.4f} at {best.step}"
-                )
+                ndcg = metrics["valid_ndcg@10"]
+                log.say(f"step {step}: validation NDCG@10 {ndcg:.4f}, best {best.value:.4f} at {best.step}")
                 run.save(root, step, best)
     logger.info(
         "trained %d steps in %.0f s; best validation NDCG@10 %.4f at step %d; the run is in %s",
@@ -266,7 +273,7 @@ class Run:
         logger.info("optimizer of each parameter\n%s", routing)
         schedules = {
             part: config.schedules.get(key, config.schedule).over(num_steps)
-            for part, key in {"tables": "tables", "muon": "dense", "matrices": "dense", "adamw": "adamw"}.items()
+            for part, key in _SCHEDULED.items()
             if part in optimizer.parts
         }
         return cls(config, ranks, sequences, loader, model, optimizer, num_steps, schedules)
@@ -287,7 +294,7 @@ class Run:
         }
 
     def seed_dropout(self, step: int) -> None:
-        """Make the step's random numbers a function of seed, step and rank: nothing has to be saved to go on exactly."""
+        """Make the step's random numbers a function of seed, step and rank, so that none have to be saved."""
         torch.manual_seed((self.config.seed * 1_000_003 + step) * 65_537 + self.ranks.rank)
 
     def norms(self) -> dict[str, float]:

@@ -21,9 +21,9 @@ class CandidateSampler:
 
     Args:
         kind: ``all`` items; ``in_batch``: the other targets of the rank's share; ``uniform`` or ``popularity``
-            (training counts to the power of 0.75, Mikolov et al. 2013) or ``mixed`` (each of the ``count`` uniform or by
-            training counts at even odds, as in-batch and uniform negatives together are; Yang et al. 2020): shared
-            negatives with replacement; ``per_target``: ``count`` uniform negatives for each target.
+            (training counts to the power of 0.75, Mikolov et al. 2013) or ``mixed`` (each uniform or by training
+            counts at even odds, as in-batch and uniform negatives together are; Yang et al. 2020): ``count`` shared
+            negatives, drawn with replacement; ``per_target``: ``count`` uniform negatives for each target.
         num_items: rows of the item table.
         count: negatives, ignored for ``all`` and ``in_batch``.
         item_counts: int64 ``[num_items]``, occurrences in the training events; for ``popularity`` and ``in_batch``.
@@ -38,6 +38,8 @@ class CandidateSampler:
     count: int = 0
     item_counts: np.ndarray | None = None
     seed: int = 0
+    _probability: np.ndarray | None = dataclasses.field(init=False, repr=False, default=None)
+    _cumulative: np.ndarray | None = dataclasses.field(init=False, repr=False, default=None)
 
     def __post_init__(self) -> None:
         if self.kind in ("uniform", "popularity", "mixed", "per_target") and self.count < 1:
@@ -46,9 +48,9 @@ class CandidateSampler:
             )
         if self.kind in ("popularity", "mixed", "in_batch") and self.item_counts is None:
             raise ValueError(f"candidates {self.kind!r} need the items' training counts; pass item_counts")
-        object.__setattr__(self, "_probability", self._sampling_probability())
-        if self.kind in ("popularity", "mixed"):
-            object.__setattr__(self, "_cumulative", np.cumsum(self._probability))
+        probability = self._sampling_probability()
+        object.__setattr__(self, "_probability", probability)
+        object.__setattr__(self, "_cumulative", np.cumsum(probability) if probability is not None else None)
 
     def shared(self, step: int) -> np.ndarray:
         """Ids int64 ``[K]`` of global batch ``step``: all items, or the shared negatives, or none."""
@@ -57,6 +59,7 @@ class CandidateSampler:
         if self.kind == "uniform":
             return self._generator(step).integers(0, self.num_items, self.count, dtype=np.int64)
         if self.kind in ("popularity", "mixed"):
+            assert self._cumulative is not None
             draws = self._generator(step).random(self.count)
             return np.minimum(np.searchsorted(self._cumulative, draws, side="right"), self.num_items - 1).astype(
                 np.int64

@@ -160,16 +160,16 @@ def evaluation_batches(
         SequenceBatch: ``labels`` ``[B]``; no targets and no candidates.
     """
     users = evaluation_users(sequences, part, max_users=max_users)
+    history_of = sequences.targets(part)  # a target stands where its history ends
     num_batches = -(-users.size // batch_size)
     num_rounds = -(-num_batches // ranks.num_ranks)
-    history_lengths = _history_lengths(sequences, users, part)
     # Users of like length travel together: less padding, and the division is still fixed.
-    users = users[np.argsort(-np.minimum(history_lengths, max_length), kind="stable")]
+    users = users[np.argsort(-np.minimum(history_of[users], max_length), kind="stable")]
     for round_ in range(num_rounds):
         first = (round_ * ranks.num_ranks + ranks.rank) * batch_size
         mine = users[first : first + batch_size]
-        ends = sequences.offsets[mine] + _history_lengths(sequences, mine, part)
-        lengths = np.minimum(_history_lengths(sequences, mine, part), max_length)
+        ends = sequences.offsets[mine] + history_of[mine]
+        lengths = np.minimum(history_of[mine], max_length)
         none = np.empty(0, dtype=np.int64)
         yield make_batch(
             history=sequences.values[_ranges(ends - lengths, lengths)].astype(np.int64),
@@ -190,9 +190,7 @@ def evaluation_users(sequences: Sequences, part: Part, *, max_users: int | None 
     Raises:
         ValueError: there are none.
     """
-    held_out = sequences.num_valid if part == "valid" else sequences.num_test
-    rows = np.arange(held_out.size)
-    users = np.flatnonzero((held_out >= 1) & (_history_lengths(sequences, rows, part) >= 1))
+    users = np.flatnonzero(sequences.targets(part) >= 1)
     if users.size == 0:
         raise ValueError(f"no user has a history and a {part} event; check the data set's split")
     if max_users is not None and users.size > max_users:
@@ -203,7 +201,7 @@ def evaluation_users(sequences: Sequences, part: Part, *, max_users: int | None 
 def seen_items(sequences: Sequences, user_ids: np.ndarray, part: Part) -> tuple[np.ndarray, np.ndarray]:
     """Each user's whole history before ``part``: ids int64 ``[sum of lengths]`` and lengths int64 ``[B]``."""
     rows = np.searchsorted(sequences.user_ids, user_ids)
-    lengths = _history_lengths(sequences, rows, part)
+    lengths = sequences.targets(part)[rows]
     return sequences.values[_ranges(sequences.offsets[rows], lengths)].astype(np.int64), lengths
 
 
@@ -255,8 +253,8 @@ def check_ids(ids: np.ndarray, *, table: str, feature: str, num_embeddings: int)
     low, high = int(ids.min()), int(ids.max())
     if low < 0 or high >= num_embeddings:
         raise ValueError(
-            f"feature {feature!r} holds id {low if low < 0 else high}, but table {table!r} has rows 0 to {num_embeddings - 1}; "
-            "rerun python -m pipeline.data, or build the model from the data set it is trained on"
+            f"feature {feature!r} holds id {low if low < 0 else high}, but table {table!r} has rows 0 to "
+            f"{num_embeddings - 1}; rerun python -m pipeline.data, or build the model for this data set"
         )
 
 
@@ -315,11 +313,6 @@ def prefetched(make: Callable[[], Iterator[SequenceBatch]], *, depth: int) -> It
     finally:
         stop.set()
         thread.join()
-
-
-def _history_lengths(sequences: Sequences, users: np.ndarray, part: Part) -> np.ndarray:
-    lengths = sequences.num_train[users].astype(np.int64)
-    return lengths + sequences.num_valid[users] if part == "test" else lengths
 
 
 def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:

@@ -155,7 +155,7 @@ class GlobalTimeSplit(Config):
     def _check(self) -> GlobalTimeSplit:
         if (self.valid_from_s is None) != (self.test_from_s is None):
             raise ValueError("one of valid_from_s and test_from_s is missing; give both, or neither to cut by share")
-        if self.valid_from_s is not None and self.valid_from_s >= self.test_from_s:
+        if self.valid_from_s is not None and self.test_from_s is not None and self.valid_from_s >= self.test_from_s:
             raise ValueError(
                 f"valid_from_s {self.valid_from_s} is not before test_from_s {self.test_from_s}; swap them"
             )

@@ -526,7 +526,9 @@ def _count(statistics: ShardStatistics, block: pa.Table, rows: pa.Table) -> None
     for name, counts in parts.items():
         statistics.num_events[name] += int(counts.sum())
     for name in statistics.num_users_with_target:
-        statistics.num_users_with_target[name] += int((target_places(*parts.values(), name) >= 0).sum())
+        statistics.num_users_with_target[name] += int(
+            (target_places(parts["train"], parts["valid"], parts["test"], name) >= 0).sum()
+        )
 
 
 def _read_shard(path: Path, manifest: Manifest, timestamps: bool) -> dict[str, np.ndarray]:

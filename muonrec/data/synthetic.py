@@ -203,7 +203,7 @@ class SyntheticLog:
             items_UT[users, place] = self._sample_items(generator, items_UT[users, :place], taste_U[users])
 
         start_U1 = source.start_s + generator.integers(max(1, int(source.window_days * 86400)), size=(num_users, 1))
-        gaps_UT = 1 + generator.exponential(source.gap_hours * 3600, items_UT.shape).astype(np.int64)
+        gaps_UT = 1 + np.asarray(generator.exponential(source.gap_hours * 3600, items_UT.shape)).astype(np.int64)
         return items_UT, start_U1 + np.cumsum(gaps_UT, axis=1), lengths_U
 
     def successors(self, last_U: np.ndarray, before_last_U: np.ndarray) -> np.ndarray:
@@ -289,7 +289,7 @@ def _mix(state: np.ndarray | np.uint64) -> np.ndarray:
         state = state + np.uint64(0x9E3779B97F4A7C15)
         state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return state ^ (state >> np.uint64(31))
+        return np.asarray(state ^ (state >> np.uint64(31)))
 
 
 def _expected_metrics(

@@ -1,4 +1,4 @@
-"""The optimizers of a TorchRec model: tables updated inside the backward pass, tower by Muon, the rest by AdamW, as one."""
+"""One optimizer for a TorchRec model: tables fused into the backward pass, matrices by Muon, the rest by AdamW."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ def fuse_optimizers(model: nn.Module, tables: Mapping[str, TableConfig]) -> None
     missing, unknown = sorted(parameters.keys() - tables.keys()), sorted(tables.keys() - parameters.keys())
     if missing or unknown:
         raise ValueError(
-            f"tables of the model: {sorted(parameters)}; without settings: {missing}; settings for no table: {unknown}. "
-            "Give every table an entry under 'tables', with its optimizer and lr"
+            f"tables of the model: {sorted(parameters)}; without settings: {missing}; settings for no table: {unknown}"
+            "; give every table an entry under 'tables', with its optimizer and lr"
         )
     for name, parameter in parameters.items():
         if hasattr(parameter, "_optimizer_classes"):
@@ -149,8 +149,8 @@ class JoinedOptimizer(CombinedOptimizer):
 class DenseOptimizer(KeyedOptimizerWrapper):
     """A torch optimizer under TorchRec's keys, whose state exists from construction and whose step clips.
 
-    The norm is taken over the parameters of this optimizer alone: Muon does not depend on the scale of a gradient, and the
-    fused tables are updated before any norm is known. Under FSDP2 it is the norm over all shards.
+    The norm is taken over the parameters of this optimizer alone: Muon does not depend on the scale of a gradient, and
+    the fused tables are updated before any norm is known. Under FSDP2 it is the norm over all shards.
 
     Args:
         parameters: by name.
@@ -300,5 +300,4 @@ def _kernels(model: nn.Module) -> Iterator[BaseBatchedEmbedding]:
     for module in model.modules():
         if isinstance(module, ShardedEmbeddingModule):
             for lookup in module._lookups:
-                for kernel in lookup._emb_modules:
-                    yield kernel
+                yield from lookup._emb_modules

@@ -76,8 +76,8 @@ def make_plan(
     for name, choice in sharding.items():
         if choice == "data_parallel" and ranks.device.type == "cpu":
             raise ValueError(
-                f"table {name!r} asks for data_parallel, whose CPU kernel gives wrong shapes for an EmbeddingCollection "
-                "(FBGEMM 1.8); use row_wise, table_wise or column_wise"
+                f"table {name!r} asks for data_parallel, whose CPU kernel gives wrong shapes for an "
+                "EmbeddingCollection (FBGEMM 1.8); use row_wise, table_wise or column_wise"
             )
     constraints = {
         name: ParameterConstraints(

@@ -53,7 +53,7 @@ def item_table(num_items: int, embedding_dim: int) -> EmbeddingCollection:
 
 
 def initialize_tables(model: DistributedModelParallel, *, std: dict[str, float], seed: int) -> None:
-    """Draw every table's rows from a normal, as a function of seed, table and row alone: any sharding gets the same table.
+    """Draw every table's rows from a normal, as a function of seed, table and row alone, whatever the sharding.
 
     Args:
         model: sharded; written in place, each rank its own shards.

@@ -31,8 +31,8 @@ class SASRecConfig(Config):
 class SASRec(nn.Module):
     """SASRec on packed events.
 
-    Training: ``(loss, statistics)`` of a batch. Evaluation: the users' vectors ``[B, D]``, whose products with the rows of
-    the item table are the scores.
+    Training: ``(loss, statistics)`` of a batch. Evaluation: the users' vectors ``[B, D]``, whose products with the rows
+    of the item table are the scores.
     """
 
     def __init__(self, config: SASRecConfig, *, num_items: int, loss: NextItemLoss) -> None:

@@ -14,8 +14,8 @@ from muonrec.towers.packing import PackedLayout, pad, unpad
 class CausalAttention(nn.Module):
     """Multi-head causal self-attention (Vaswani et al. 2017): each event attends to its user's events up to itself.
 
-    Query, key, value and output are separate `nn.Linear`s, so Muon orthogonalizes each on its own. Only attention itself
-    is computed on padded groups; the projections see packed events.
+    Query, key, value and output are separate `nn.Linear`s, so Muon orthogonalizes each on its own. Only attention
+    itself is computed on padded groups; the projections see packed events.
 
     Raises:
         ValueError: ``embedding_dim`` is not a multiple of ``num_heads``.

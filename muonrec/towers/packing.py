@@ -19,8 +19,8 @@ class PackedLayout:
     Args:
         position_T: int64, place of each event in its user's history, 0 the oldest.
         from_end_T: int64, the same counted from the latest event, which is 0.
-        groups: per group: slice of the events, ``pad_BL`` (row within the slice of each cell, 0 where there is no event)
-            and ``unpad`` (cell of each event).
+        groups: per group: slice of the events, ``pad_BL`` (row within the slice of each cell, 0 where there is no
+            event) and ``unpad`` (cell of each event).
     """
 
     position_T: torch.Tensor
@@ -29,7 +29,7 @@ class PackedLayout:
 
     @classmethod
     def of(cls, lengths_B: torch.Tensor, groups: Groups) -> PackedLayout:
-        """Lay out users in order of falling length; ``groups`` as in `SequenceBatch.groups`. Asks the device nothing."""
+        """Lay out users in order of falling length, ``groups`` as in `SequenceBatch`; asks the device nothing."""
         num_events = sum(events for _, events, _ in groups)
         ends_B = torch.cumsum(lengths_B, 0)
         starts_B = ends_B - lengths_B

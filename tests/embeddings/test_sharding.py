@@ -1,4 +1,4 @@
-"""Sharded models: the same tables and gradients for any number of ranks and any sharding; plans that say what they are."""
+"""Sharded models: the same tables and gradients for any number of ranks and any sharding; plans that say so."""
 
 import pytest
 import torch
