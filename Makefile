@@ -62,8 +62,9 @@ doctor: $(STAMP)  ## say what is installed, what this machine can train, and wha
 
 demo: $(STAMP)  ## data -> train with Muon and with AdamW on two ranks -> eval -> report, a few minutes on a CPU
 	$(RUN) python -m pipeline.data configs/demo/sasrec.yaml
-	$(TORCHRUN) pipeline.train configs/demo/sasrec.yaml dense_optimizer=muon output=out/demo/muon
-	$(TORCHRUN) pipeline.train configs/demo/sasrec.yaml dense_optimizer=adamw output=out/demo/adamw
+	$(TORCHRUN) pipeline.train configs/demo/sasrec.yaml output=out/demo/muon
+	$(TORCHRUN) pipeline.train configs/demo/sasrec.yaml output=out/demo/adamw \
+		dense_optimizer=adamw dense_optimizer.lr=0.003
 	$(TORCHRUN) pipeline.eval out/demo/adamw
 	$(TORCHRUN) pipeline.eval out/demo/muon 'compare=[out/demo/adamw]'
 	@echo "report: $(CURDIR)/out/demo/muon/report.html"

@@ -29,6 +29,7 @@ def save(
     optimizer: KeyedOptimizer | None = None,
     *,
     progress: Mapping[str, Any] | None = None,
+    files: Mapping[str, str] | None = None,
 ) -> None:
     """Write model, optimizer and progress to ``folder``; the marker, written last, makes it a checkpoint.
 
@@ -39,19 +40,25 @@ def save(
         model: its state dict may hold sharded tensors.
         optimizer: keyed by name, its state existing.
         progress: what is not a tensor: step, best value so far...; JSON.
+        files: texts to keep beside it, by file name, such as the resolved config.
 
     Raises:
         ValueError: ``folder`` is a finished checkpoint already.
+        OSError: a rank cannot write, as on a full disk; on every rank, or on the one that cannot.
     """
     folder = Path(folder)
     if is_committed(folder):
-        raise ValueError(f"{folder} is a finished checkpoint already; save under another name or delete it")
+        raise ValueError(
+            f"{folder} is a finished checkpoint already; save elsewhere, delete it, or stop another run of it"
+        )
     if _rank() == 0:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         (folder / _PROGRESS).write_text(json.dumps(dict(progress or {}), indent=1))
+        for name, text in (files or {}).items():
+            (folder / name).write_text(text)
     _barrier()
-    with _quiet_dcp():
+    with _dcp(f"{folder} could not be written, earlier checkpoints are whole"):
         dcp.save(_state(model, optimizer), checkpoint_id=folder)
     _barrier()
     if _rank() == 0:
@@ -68,6 +75,7 @@ def load(folder: str | Path, model: nn.Module, optimizer: KeyedOptimizer | None 
 
     Raises:
         ValueError: ``folder`` is no finished checkpoint, or of another schema version.
+        OSError: a rank cannot read it, or it is of another model; on every rank.
     """
     folder = Path(folder)
     if not is_committed(folder):
@@ -78,7 +86,7 @@ def load(folder: str | Path, model: nn.Module, optimizer: KeyedOptimizer | None 
     if version != SCHEMA_VERSION:
         raise ValueError(f"{folder} has checkpoint schema {version}, this version of muonrec reads {SCHEMA_VERSION}")
     state = _state(model, optimizer)
-    with _quiet_dcp():
+    with _dcp(f"{folder} could not be read"):
         dcp.load(state, checkpoint_id=folder)
     model.load_state_dict(state["model"])
     if optimizer is not None:
@@ -108,13 +116,17 @@ def newest(root: str | Path) -> Path | None:
 
 
 def prune(root: str | Path, *, keep: int, best: int | None) -> None:
-    """Delete all but the ``keep`` newest checkpoints and that of step ``best``; rank 0 does the work."""
+    """Delete all but the ``keep`` newest checkpoints and that of step ``best``, and what cut-off saves left behind.
+
+    Every rank must call it, none of them in the middle of a save; rank 0 does the work.
+    """
     if _rank() == 0:
-        for name in _names(Path(root))[:-keep]:
-            if best is None or name != step_folder(root, best).name:
+        kept = {*_names(Path(root))[-keep:], step_folder(root, best or 0).name}
+        for folder in Path(root).glob("step-*"):
+            if folder.name not in kept:
                 # The marker goes first: a deletion cut short leaves no checkpoint that looks whole.
-                (Path(root) / name / _MARKER).unlink()
-                shutil.rmtree(Path(root) / name)
+                (folder / _MARKER).unlink(missing_ok=True)
+                shutil.rmtree(folder)
     _barrier()
 
 
@@ -130,12 +142,16 @@ def _state(model: nn.Module, optimizer: KeyedOptimizer | None) -> dict[str, Any]
 
 
 @contextmanager
-def _quiet_dcp() -> Iterator[None]:
+def _dcp(message: str) -> Iterator[None]:
     # TorchRec's ShardedTensor warns of its own deprecation once per tensor and rank.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         warnings.simplefilter("ignore", UserWarning)
-        yield
+        try:
+            yield
+        except dcp.CheckpointException as error:  # the failures of all ranks, on every rank; not even an Exception
+            rank, (failure, _) = next(iter(error.failures.items()))
+            raise OSError(f"{message}: {failure!r} on rank {rank}") from error
 
 
 def _rank() -> int:

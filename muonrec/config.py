@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -35,11 +36,12 @@ def read_yaml(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"config {path} does not exist; pass the path of a YAML file such as configs/demo/sasrec.yaml")
+        found = "is a folder" if path.is_dir() else "does not exist"
+        raise ValueError(f"config {path} {found}; pass the path of a YAML file such as configs/demo/sasrec.yaml")
     try:
         tree = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"config {path} is not valid YAML: {error}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"config {path} is not valid YAML: {error}") from None
     if not isinstance(tree, dict):
         raise ValueError(f"config {path} holds a {type(tree).__name__}, expected a mapping of sections")
     for override in overrides:
@@ -47,8 +49,14 @@ def read_yaml(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]
     return tree
 
 
-def parse_config(cls: type[ConfigT], tree: Mapping[str, Any], *, source: str) -> ConfigT:
-    """Validate ``tree`` as ``cls``; every fault is named by its path in the file.
+def parse_config(cls: type[ConfigT], tree: Mapping[str, Any], *, source: str, prefix: str = "") -> ConfigT:
+    """Validate ``tree`` as ``cls``; every fault is named by its path in the file, as an override would spell it.
+
+    Args:
+        cls: the config class.
+        tree: a mapping as YAML gives it.
+        source: where it came from, for the message.
+        prefix: of the paths, such as ``data.`` for a section.
 
     Raises:
         ValueError: one line per fault, with the path, what was found and what was expected.
@@ -56,10 +64,7 @@ def parse_config(cls: type[ConfigT], tree: Mapping[str, Any], *, source: str) ->
     try:
         return cls.model_validate(tree)
     except pydantic.ValidationError as error:
-        faults = [
-            f"  {'.'.join(str(part) for part in fault['loc']) or '(top)'}: {_explain(fault)}"
-            for fault in error.errors()
-        ]
+        faults = [f"  {prefix}{_path_of(fault, tree)}: {_explain(fault, cls)}" for fault in error.errors()]
         raise ValueError(f"{source} is not a valid {cls.__name__}:\n" + "\n".join(faults)) from None
 
 
@@ -73,8 +78,26 @@ def to_yaml(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
+def describe(cls: type[Config], *, prefix: str = "", leave_out: Sequence[str] = ()) -> str:
+    """The settings of ``cls`` with their defaults, a line each, for the help of a command."""
+    lines = []
+    for name, field in cls.model_fields.items():
+        if name not in leave_out:
+            default = (
+                "required"
+                if field.is_required()
+                else yaml.safe_dump(
+                    pydantic.RootModel(field.default).model_dump(mode="json"), default_flow_style=True, width=1000
+                )
+                .removesuffix("\n")
+                .removesuffix("\n...")
+            )
+            lines.append(f"  {prefix + name:<24} {default}")
+    return "\n".join(lines)
+
+
 def _apply_override(tree: dict[str, Any], override: str) -> None:
-    key, separator, text = override.partition("=")
+    key, separator, _ = override.partition("=")
     if not separator or not key:
         raise ValueError(f"override {override!r} is not of the form key=value, such as dense_optimizer.lr=0.01")
     *parents, leaf = key.split(".")
@@ -90,14 +113,41 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
                 f"override {override!r}: {'.'.join(parents[: depth + 1])} is a {type(child).__name__}, not a section"
             )
         node = child
-    node[leaf] = yaml.safe_load(text)
+    node[leaf] = parse_value(override)
 
 
-def _explain(fault: Mapping[str, Any]) -> str:
+def parse_value(override: str) -> Any:
+    """The value of ``key=value``, parsed as YAML. Raises ValueError."""
+    try:
+        return yaml.safe_load(override.partition("=")[2])
+    except yaml.YAMLError as error:
+        fault = " ".join(str(error).split())
+        raise ValueError(f"override {override!r} is not valid YAML after '=' ({fault}); quote or close it") from None
+
+
+def _path_of(fault: Mapping[str, Any], tree: Any) -> str:
+    """The path of a fault in the file: pydantic's own also names the choice it validated against."""
+    parts, node = [], tree
+    for part in fault["loc"]:
+        is_choice = part in (node.get("name"), node.get("format")) if isinstance(node, Mapping) else part == node
+        if is_choice and not (isinstance(node, Mapping) and part in node):
+            continue
+        parts.append(str(part))
+        if isinstance(node, Mapping):
+            node = node.get(part)
+        elif isinstance(node, list) and isinstance(part, int) and part < len(node):
+            node = node[part]
+    return ".".join(parts) or "(top)"
+
+
+def _explain(fault: Mapping[str, Any], cls: type[Config]) -> str:
     found = fault["input"]
     if fault["type"] == "missing":
         return "is required"
     if fault["type"] == "extra_forbidden":
-        return f"is not a known setting (found {found!r})"
+        schema = cls.model_json_schema()
+        known = {name for part in (schema, *schema.get("$defs", {}).values()) for name in part.get("properties", {})}
+        like = difflib.get_close_matches(str(fault["loc"][-1]), known, n=1)
+        return f"is not a known setting (found {found!r})" + (f"; did you mean {like[0]}?" if like else "")
     message = str(fault["msg"]).removeprefix("Value error, ")
     return f"{message} (found {found!r})" if not isinstance(found, Mapping) else message

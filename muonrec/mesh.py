@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import datetime
 import os
+import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
+
+_PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,11 +35,15 @@ def join_ranks(*, timeout_s: float = 600.0) -> Iterator[Ranks]:
     """Join the process group described by torchrun's environment, or be the only rank without it.
 
     gloo on a CPU, NCCL on CUDA (gloo beside it for CPU tensors). A collective that waits longer than ``timeout_s``
-    fails instead of blocking. The group is destroyed on leaving the block.
+    fails instead of blocking. The group is destroyed on leaving the block. Under torchrun on Linux a rank dies with its
+    launcher.
 
     Yields:
         Ranks: on CUDA, the device ``LOCAL_RANK`` names is made current.
     """
+    if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
+        # A rank that outlives a killed torchrun would go on writing to a run that has been started again elsewhere.
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     cuda = torch.cuda.is_available()
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")

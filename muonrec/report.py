@@ -24,6 +24,12 @@ REPORT, METRICS, RANKS = "report.html", "metrics.json", "ranks.parquet"
 # Okabe & Ito 2008: told apart by colour-blind readers, and legible on white and on near-black alike.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _DASHES = ("-", "--", ":")  # of the runs beyond the colours
+_PARTS = {
+    "lr_tables": "tables",
+    "lr_muon": "matrices, by Muon",
+    "lr_matrices": "matrices, by AdamW",
+    "lr_adamw": "the rest, by AdamW",
+}
 _INK = "#010203"  # stands for the reader's text colour, see _svg
 
 
@@ -253,7 +259,7 @@ def headline(runs: Sequence[RunRecord], differences: Sequence[Mapping[str, Any]]
         sentences[0] += f": {_times(value['mean'] / popularity)} what ranking by popularity reaches"
     best = (arm.metrics.get("best_possible") or {}).get(main_metric)
     if best:
-        sentences[0] += f", {value['mean'] / best:.0%} of the best possible"
+        sentences[0] += f", {100 * value['mean'] / best:.0f} % of the best possible"
     for row in differences:
         if row["arm"] == arm.name and row["metric"] == main_metric:
             if row["fault"]:
@@ -266,7 +272,7 @@ def headline(runs: Sequence[RunRecord], differences: Sequence[Mapping[str, Any]]
             else:
                 word = "better" if row["interval"].mean > 0 else "worse"
                 sentences.append(
-                    f"It is {abs(row['interval'].mean):.1%} {word} than {control.name} (paired "
+                    f"It is {100 * abs(row['interval'].mean):.1f} % {word} than {control.name} (paired "
                     f"over users, 95 % interval {_percent(row['interval'].low)} to {_percent(row['interval'].high)})"
                 )
     return ". ".join(sentences) + "."
@@ -379,6 +385,9 @@ def _breakdowns(runs: Sequence[RunRecord], main_metric: str) -> list[dict[str, A
                 next((r for r in run.metrics["breakdowns"][title] if r["group"] == label), {}) for run in holders
             ]
             cells = [row.get(main_metric) for row in found]
+            if not any(row.get("num_users") for row in found):
+                continue
+            label = label.replace("<=", "≤ ").replace(">", "> ").replace("-", "–")
             rows.append({"group": label, "num_users": max(row.get("num_users", 0) for row in found), "cells": cells})
         tables.append({"title": title, "names": [run.name for run in holders], "rows": rows})
     return tables
@@ -533,11 +542,12 @@ def _draw_rates(runs: Sequence[RunRecord]) -> str:
         return ""
     figure, axes = _subplots(len(keys), height=2.7)
     for axis, key in zip(axes, keys, strict=True):
-        for run, style in zip(runs, _styles(runs), strict=True):
+        for index, (run, style) in enumerate(zip(runs, _styles(runs), strict=True)):
             lines = [line for line in run.training if line.get(key) is not None]
-            if lines:
+            if lines:  # equal rates lie on one another: the later are thinner, so that all are seen
+                style = style | {"linewidth": 1.5 + 2.0 * (len(runs) - 1 - index) / max(len(runs) - 1, 1)}
                 axis.plot([line["step"] for line in lines], [line[key] for line in lines], label=run.name, **style)
-        axis.set_title(key.removeprefix("lr_"))
+        axis.set_title(_PARTS.get(key, key.removeprefix("lr_")))
         axis.set_xlabel("training step")
         axis.set_xlim(left=0)
         axis.set_ylim(bottom=0)
@@ -556,7 +566,7 @@ def _draw_breakdowns(runs: Sequence[RunRecord], main_metric: str) -> str:
         return ""
     figure, axes = _subplots(len(tables), height=3.0, sharey=True)
     for axis, table in zip(axes, tables, strict=True):
-        labels = [f"{row['group']}\n{row['num_users']:,} users" for row in table["rows"]]
+        labels = [f"{row['group']}\n({row['num_users']:,})" for row in table["rows"]]
         for index, name in enumerate(table["names"]):
             shift = 0.5 * ((index + 0.5) / len(table["names"]) - 0.5)
             known = [
@@ -574,7 +584,7 @@ def _draw_breakdowns(runs: Sequence[RunRecord], main_metric: str) -> str:
             )
         axis.set_xticks(range(len(labels)), labels)
         axis.set_xlim(-0.6, len(labels) - 0.4)
-        axis.set_xlabel(table["title"])
+        axis.set_xlabel(f"{table['title']} (users)")
         axis.grid(visible=False, axis="x")
     # Set once all is drawn, since the panels share it; a little below zero, so that a zero is seen whole.
     highest = max(cell["high"] for table in tables for row in table["rows"] for cell in row["cells"] if cell) or 1.0
@@ -636,7 +646,7 @@ def _pretty(metric: str) -> str:
 
 
 def _percent(share: float) -> str:
-    return f"{share:+.1%}".replace("-", "−")
+    return f"{100 * share:+.1f} %".replace("-", "−")
 
 
 def _times(ratio: float) -> str:

@@ -14,20 +14,17 @@ import json
 import logging
 import shutil
 import sys
+import textwrap
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias, get_args
 
 import pyarrow as pa
 import pydantic
-from rich.console import Console
-from rich.logging import RichHandler
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.text import Text
 
-from muonrec.config import Config, parse_config, read_yaml
+from muonrec.config import Config, describe, parse_config, read_yaml
 from muonrec.data.events import READERS, CsvSource, ParquetSource, RecboleSource, SequencesSource, source_files
 from muonrec.data.sequences import EventStore, LeaveOneOut, Split
 from muonrec.data.shards import (
@@ -37,6 +34,7 @@ from muonrec.data.shards import (
     BestPossible,
     Manifest,
     describe_file,
+    put_right,
     read_manifest,
     replaced_folder,
     shard_name,
@@ -46,10 +44,9 @@ from muonrec.data.shards import (
     write_table,
 )
 from muonrec.data.synthetic import SyntheticSource, best_possible, read_synthetic
+from muonrec.runlog import Progress, configure_logging, run_stage
 
 logger = logging.getLogger("pipeline.data")
-
-SOURCES: dict[str, Callable[..., pa.RecordBatchReader]] = {**READERS, "synthetic": read_synthetic}
 
 Source: TypeAlias = Annotated[
     SequencesSource | RecboleSource | CsvSource | ParquetSource | SyntheticSource,
@@ -84,21 +81,25 @@ class DataConfig(Config):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the stage; returns the exit status."""
     parser = argparse.ArgumentParser(
-        prog="python -m pipeline.data", description="Raw logs to sequences and a manifest."
+        prog="python -m pipeline.data",
+        description="Raw logs to parquet sequences and a manifest.",
+        epilog=f"settings and their defaults:\n{describe(DataConfig, prefix='data.')}\n\n"
+        "sources, by data.source.format, with their settings:\n"
+        + "".join(f"  {line}\n" for line in _describe_sources())
+        + "\nexamples:\n"
+        "  python -m pipeline.data configs/demo/sasrec.yaml\n"
+        "  python -m pipeline.data configs/amazon-beauty/sasrec.yaml data.source.path=Beauty.txt data.k_core=10\n"
+        '  python -m pipeline.data my.yaml \'data.source={format: csv, path: "logs/*.csv", '
+        "columns: {user_id: user, item_id: sku, timestamp_s: ts}, timestamp_unit: ms}'\n",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("config", help="YAML file with a section `data`")
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="settings by full path, such as data.k_core=5"
     )
     options = parser.parse_args(arguments)
-    console = Console(stderr=True)
-    _configure_logging(console)
-    try:
-        build_dataset(load_data_config(options.config, options.overrides), console=console)
-    except ValueError as error:
-        logger.error("%s", error)
-        return 1
-    return 0
+    configure_logging()
+    return run_stage(lambda: build_dataset(load_data_config(options.config, options.overrides)))
 
 
 def load_data_config(path: str | Path, overrides: Sequence[str] = ()) -> DataConfig:
@@ -108,15 +109,18 @@ def load_data_config(path: str | Path, overrides: Sequence[str] = ()) -> DataCon
         ValueError: no such file or section, or a setting that is unknown or out of range.
     """
     tree = read_yaml(path, overrides)
+    for override in overrides:
+        if not override.startswith(("data.", "data=")):
+            logger.warning("%s is nothing to this stage, whose settings begin with data.", override)
     if not isinstance(tree.get("data"), dict):
         raise ValueError(
             f"config {path} has no section 'data' (found {', '.join(tree) or 'nothing'}); "
             "add one with source and output"
         )
-    return parse_config(DataConfig, tree["data"], source=f"section 'data' of {path}")
+    return parse_config(DataConfig, tree["data"], source=f"section 'data' of {path}", prefix="data.")
 
 
-def build_dataset(config: DataConfig, *, console: Console | None = None) -> Manifest:
+def build_dataset(config: DataConfig) -> Manifest:
     """Build the data set of ``config``, or return its manifest where it is there already.
 
     Raises:
@@ -124,28 +128,30 @@ def build_dataset(config: DataConfig, *, console: Console | None = None) -> Mani
     """
     source = describe_source(config)
     fingerprint = fingerprint_of(config, source)
+    put_right(config.output)
     if (manifest := _up_to_date(config.output, fingerprint)) is not None:
         logger.info("%s is up to date (fingerprint %s...): skipped", config.output, fingerprint[:12])
         return manifest
 
     started = time.monotonic()
-    with replaced_folder(config.output) as folder, _Stages(console) as stages:
+    phases = _Phases()
+    with replaced_folder(config.output) as folder:
         work = folder / "work"
         work.mkdir()
         with EventStore(work, memory_limit=config.memory_limit) as store:
-            with stages.stage("read", total=getattr(config.source, "num_events_expected", None)) as on_events:
-                num_source_events = store.load(SOURCES[config.source.format](config.source), on_events=on_events)
-            with stages.stage("order", num_events=num_source_events):
+            with phases.phase("read", total=getattr(config.source, "num_events_expected", None)) as progress:
+                num_source_events = store.load(_open_source(config, progress), on_events=progress.advance)
+            with phases.phase("order", num_events=num_source_events):
                 num_duplicates = store.drop_duplicates()
                 core_rounds = store.keep_core(config.k_core)
                 _, num_items = store.build_vocabularies()
                 time_range_s = store.time_range_s()
                 split = store.split(config.split)
             num_events = core_rounds[-1]["num_events"]
-            with stages.stage("write", total=num_events) as on_events:
+            with phases.phase("write", total=num_events) as progress:
                 events = store.ordered(ties=config.ties, seed=config.seed, num_shards=config.num_shards)
                 statistics = write_shards(
-                    events, folder, num_shards=config.num_shards, num_items=num_items, on_events=on_events
+                    events, folder, num_shards=config.num_shards, num_items=num_items, on_events=progress.advance
                 )
                 _write_vocabularies(store, folder, statistics.item_train_counts)
             num_tied = store.num_tied_events()
@@ -174,7 +180,7 @@ def build_dataset(config: DataConfig, *, console: Console | None = None) -> Mani
             config=config.model_dump(mode="json"),
             source=source,
             best_possible=_best_possible(config, complete=num_events == num_source_events),
-            rates={**stages.rates, "total_events_per_s": round(num_source_events / seconds, 1)},
+            rates={**phases.rates, "total_events_per_s": round(num_source_events / seconds, 1)},
         )
         write_manifest(folder, manifest)
     _log_summary(config.output, manifest, seconds)
@@ -199,6 +205,18 @@ def fingerprint_of(config: DataConfig, source: dict[str, Any]) -> str:
     contents = [file["sha256"] for file in source.get("files", [])]
     text = json.dumps([SCHEMA_VERSION, settings, contents], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _open_source(config: DataConfig, progress: Progress) -> pa.RecordBatchReader:
+    """The source's events; files know their bytes, from which the number of events that are to come is estimated."""
+    if isinstance(config.source, SyntheticSource):
+        return read_synthetic(config.source)
+
+    def on_share(share: float) -> None:
+        if share:
+            progress.expect(progress.done / share)
+
+    return READERS[config.source.format](config.source, on_share=on_share)
 
 
 def _up_to_date(output: Path, fingerprint: str) -> Manifest | None:
@@ -256,6 +274,10 @@ def _log_summary(output: Path, manifest: Manifest, seconds: float) -> None:
         manifest.split["name"], parts.train, parts.valid, parts.test, targets.valid, targets.test,
         manifest.num_items_unseen_in_training,
     )  # fmt: skip
+    if not (targets.valid and targets.test):
+        logger.warning(
+            "no user has both a history and a held-out event: nothing can be validated or tested on this data"
+        )
     if manifest.tied_event_share:
         logger.info(
             "%.1f %% of the events share user and second with another: ordered by ties=%s",
@@ -269,65 +291,55 @@ def _log_summary(output: Path, manifest: Manifest, seconds: float) -> None:
     logger.info("done in %.1f s, %.0f events/s", seconds, manifest.rates["total_events_per_s"])
 
 
-_STAGES = {"read": "reading events", "order": "distinct, k-core, vocabulary, split", "write": "writing shards"}
+def check_same_data(config: DataConfig, manifest: Manifest) -> None:
+    """Refuse a data set that was built with other settings than ``config`` asks for.
 
-
-class _RateColumn(ProgressColumn):
-    def render(self, task: Task) -> Text:
-        return Text(f"{task.speed:,.0f} events/s" if task.speed else "")
-
-
-class _Stages:
-    """Named phases: a progress line on a terminal, a log line and a rate at the end of each."""
-
-    def __init__(self, console: Console | None) -> None:
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            _RateColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
+    Raises:
+        ValueError: names the settings that differ.
+    """
+    trees = (config.model_dump(mode="json"), manifest.config)
+    asked, found = ({**tree, "source": {**tree["source"]}} for tree in trees)
+    for tree in (asked, found):  # these may differ: the data is the same
+        for section, name in ((tree, "output"), (tree, "memory_limit"), (tree["source"], "path")):
+            section.pop(name, None)
+    pairs = [("data.", asked, found), ("data.source.", asked.pop("source"), found.pop("source"))]
+    differing = [
+        f"{prefix}{name} (asked {ours.get(name)!r}, found {theirs.get(name)!r})"
+        for prefix, ours, theirs in pairs
+        for name in sorted(ours.keys() | theirs.keys())
+        if ours.get(name) != theirs.get(name)
+    ]
+    if differing:
+        raise ValueError(
+            f"{config.output} was built with other settings: {', '.join(differing)}; "
+            "run python -m pipeline.data CONFIG again, or pass another data.output"
         )
-        shown = console is not None and console.is_terminal
-        self._progress = Progress(*columns, console=console, transient=True, disable=not shown)
+
+
+def _describe_sources() -> Iterator[str]:
+    for kind in (SequencesSource, RecboleSource, CsvSource, ParquetSource, SyntheticSource):
+        (name,) = get_args(kind.model_fields["format"].annotation)
+        settings = ", ".join(setting for setting in kind.model_fields if setting != "format")
+        yield from textwrap.wrap(f"{name}: {settings}", 100, subsequent_indent="    ")
+
+
+_PHASES = {"read": "reading events", "order": "distinct, k-core, vocabulary, split", "write": "writing shards"}
+
+
+class _Phases:
+    """Named phases: progress while they last, a log line and a rate at the end of each."""
+
+    def __init__(self) -> None:
         self.rates: dict[str, float] = {}
 
-    def __enter__(self) -> _Stages:
-        self._progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()
-
     @contextmanager
-    def stage(
-        self, name: str, *, total: int | None = None, num_events: int | None = None
-    ) -> Iterator[Callable[[int], None]]:
-        """Time a phase; yields the function to call with the number of events just done."""
-        task = self._progress.add_task(_STAGES[name], total=total)
-        done, started = num_events or 0, time.monotonic()
-
-        def on_events(count: int) -> None:
-            nonlocal done
-            done += count
-            self._progress.advance(task, count)
-
-        yield on_events
-        self._progress.remove_task(task)
-        rate = done / max(time.monotonic() - started, 1e-9)
-        self.rates[f"{name}_events_per_s"] = round(rate, 1)
-        logger.info("%s: %d events, %.0f events/s", _STAGES[name], done, rate)
-
-
-def _configure_logging(console: Console) -> None:
-    # Wrapped and coloured lines are for people; a scheduler's log file gets plain ones.
-    if console.is_terminal:
-        handler: logging.Handler = RichHandler(console=console, show_path=False)
-        logging.basicConfig(level=logging.INFO, format="%(message)s", datefmt="[%X]", handlers=[handler])
-    else:
-        logging.basicConfig(
-            level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
-        )
+    def phase(self, name: str, *, total: int | None = None, num_events: int = 0) -> Iterator[Progress]:
+        """Time a phase; ``num_events`` is for one that does them all at once."""
+        with Progress(_PHASES[name], "events", total=total) as progress:
+            yield progress
+            progress.advance(num_events)
+            self.rates[f"{name}_events_per_s"] = round(progress.rate, 1)
+            logger.info("%s: %d events, %.0f events/s", _PHASES[name], progress.done, progress.rate)
 
 
 if __name__ == "__main__":

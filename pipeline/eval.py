@@ -19,21 +19,20 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import yaml
 from pydantic import Field, field_validator
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 import muonrec
-from muonrec.config import Config, parse_config
+from muonrec.config import Config, describe, parse_config, parse_value
 from muonrec.data.loader import evaluation_batches, evaluation_users, seen_items
 from muonrec.data.shards import ITEMS, USERS, Sequences
 from muonrec.mesh import Ranks, join_ranks
 from muonrec.metrics import bootstrap_interval, breakdown, coverage, groups_between, metrics_per_user
 from muonrec.report import METRICS, RANKS, Ranked, read_runs, write_ranks, write_report
-from muonrec.retrieval import Encoder, PopularityEncoder, RankedTargets, rank_targets
-from muonrec.runlog import configure_logging
+from muonrec.retrieval import Encoder, PopularityEncoder, RankedTargets, rank_by_popularity, rank_targets
+from muonrec.runlog import Progress, configure_logging, run_stage
+from pipeline.data import check_same_data
 from pipeline.train import TrainConfig, load_run
 
 logger = logging.getLogger(__name__)
@@ -72,7 +71,7 @@ class EvalConfig(Config):
     user_block: int = Field(default=2048, ge=1)
     num_resamples: int = Field(default=1000, ge=1)
     seed: int = Field(default=0, ge=0)
-    popularity_bounds: list[int] = [5, 20]
+    popularity_bounds: list[int] = [5, 20, 100, 500]
     length_bounds: list[int] = [5, 10, 20, 50]
     compare: list[Path] = []
     recommend: Path | None = None
@@ -92,34 +91,39 @@ class EvalConfig(Config):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the stage; returns the exit status."""
     parser = argparse.ArgumentParser(
-        prog="python -m pipeline.eval", description="Checkpoint to metrics.json and a report."
+        prog="python -m pipeline.eval",
+        description="Checkpoint to metrics.json, ranks.parquet and report.html in the run's folder.",
+        epilog=f"settings and their defaults:\n{describe(EvalConfig, leave_out=('run',))}\n\n"
+        "examples:\n"
+        "  python -m pipeline.eval out/demo/muon\n"
+        "  torchrun --nproc-per-node 2 -m pipeline.eval out/demo/muon 'compare=[out/demo/adamw]'\n"
+        "  python -m pipeline.eval out/demo/muon part=valid mask_seen=true 'k=[10,50]' recommend=top10.parquet\n",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("run", help="output folder of the train stage")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as part=valid mask_seen=true k=[10,50]")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings, see below")
     options = parser.parse_args(arguments)
     with join_ranks() as ranks:
         configure_logging(is_first=ranks.is_first)
-        try:
-            evaluate(load_eval_config(options.run, options.overrides), ranks)
-        except ValueError as error:
-            if ranks.num_ranks > 1:
-                raise  # the others may wait for this rank: torchrun ends them when it fails
-            logger.error("%s", error)
-            return 1
-    return 0
+        return run_stage(lambda: evaluate(load_eval_config(options.run, options.overrides), ranks))
 
 
 def evaluate(config: EvalConfig, ranks: Ranks) -> dict[str, Any] | None:
     """Evaluate one run and write its files; every rank must call it, the first returns what metrics.json holds."""
+    check_outputs(config)
     encoder, run_config, sequences, step = load_run(config.run, config.checkpoint, ranks)
+    check_same_data(run_config.data, sequences.manifest)
+    check_lengths(config, sequences)
     logger.info("evaluating %s at step %d on the %s items, %d ranks", config.run, step, config.part, ranks.num_ranks)
 
     started = time.monotonic()
     ranked = rank_all(encoder, "model", config, run_config, sequences, ranks)
     seconds = time.monotonic() - started
-    popularity = rank_all(
-        PopularityEncoder(sequences.item_train_counts, ranks.device), "popularity", config, run_config, sequences, ranks
-    )
+    if config.mask_seen:
+        popular = PopularityEncoder(sequences.item_train_counts, ranks.device)
+        popularity = rank_all(popular, "popularity", config, run_config, sequences, ranks)
+    else:
+        popularity = rank_by_popularity(ranked, sequences.item_train_counts)
     if not ranks.is_first:
         return None
 
@@ -153,11 +157,42 @@ def load_eval_config(run: str | Path, overrides: Sequence[str] = ()) -> EvalConf
     """The config of evaluating ``run``, from ``key=value`` overrides alone. Raises ValueError."""
     tree: dict[str, Any] = {"run": str(run)}
     for override in overrides:
-        key, separator, text = override.partition("=")
+        key, separator, _ = override.partition("=")
         if not separator:
             raise ValueError(f"override {override!r} is not of the form key=value, such as part=valid")
-        tree[key] = yaml.safe_load(text)
+        tree[key] = parse_value(override)
     return parse_config(EvalConfig, tree, source="the command line")
+
+
+def check_outputs(config: EvalConfig) -> None:
+    """Refuse before the work what could not be written after it, or compared with.
+
+    Raises:
+        ValueError: names the setting.
+    """
+    for other in config.compare:
+        if not (other / "resolved.yaml").is_file():
+            raise ValueError(f"compare={other} is not a run: it has no resolved.yaml; pass a train stage's output")
+        if other.resolve() == config.run.resolve():
+            raise ValueError(f"compare={other} is the run itself; pass other runs")
+    if config.recommend is None:
+        return
+    if config.recommend.is_dir():
+        raise ValueError(f"recommend={config.recommend} is a folder; pass the path of a file, such as top10.parquet")
+    try:
+        config.recommend.parent.mkdir(parents=True, exist_ok=True)
+        with written_whole(config.recommend.parent / f"{config.recommend.name}.try") as partial:
+            partial.touch()
+    except OSError as error:
+        raise ValueError(f"recommend={config.recommend} cannot be written: {error}; pass another path") from None
+
+
+def check_lengths(config: EvalConfig, sequences: Sequences) -> None:
+    """Refuse lists longer than the catalogue, by ValueError: a recall over all items would be 1 for any model."""
+    longest = {"k": max(config.k), "recommend_k": config.recommend_k if config.recommend is not None else 1}
+    for name, length in longest.items():
+        if length > sequences.num_items:
+            raise ValueError(f"{name}={length} was asked but there are {sequences.num_items} items; lower {name}")
 
 
 # Ranking --------------------------------------------------------------------------------------------------------------
@@ -175,7 +210,7 @@ def rank_all(
         ranks=ranks,
     )
     num_users = len(evaluation_users(sequences, config.part))
-    with _progress(f"rank by {what}", num_users, shown=ranks.is_first) as progress:
+    with Progress(f"ranking by {what}", "users", total=num_users, enabled=ranks.is_first) as progress:
         return rank_targets(
             encoder,
             batches,
@@ -184,7 +219,7 @@ def rank_all(
             item_chunk=config.item_chunk,
             user_block=config.user_block,
             mask_seen=(lambda user_ids: seen_items(sequences, user_ids, config.part)) if config.mask_seen else None,
-            progress=progress,
+            progress=progress.move_to,
         )
 
 
@@ -272,9 +307,19 @@ def versions() -> dict[str, str]:
 
 def write_json(path: Path, tree: dict[str, Any]) -> None:
     """Write ``tree`` so that the file appears whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(tree, indent=2, allow_nan=False) + "\n")
-    partial.replace(path)
+    with written_whole(path) as partial:
+        partial.write_text(json.dumps(tree, indent=2, allow_nan=False) + "\n")
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """Yield where to write instead of ``path``, which it becomes if the block ends well."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def write_recommendations(path: Path, ranked: RankedTargets, k: int, dataset: Path) -> None:
@@ -286,7 +331,7 @@ def write_recommendations(path: Path, ranked: RankedTargets, k: int, dataset: Pa
         [("user_id", raw_users.type), ("rank", pa.int32()), ("item_id", raw_items.type), ("score", pa.float32())]
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    with pq.ParquetWriter(path, schema, compression="zstd") as writer:
+    with written_whole(path) as partial, pq.ParquetWriter(partial, schema, compression="zstd") as writer:
         for first in range(0, len(ranked.user_ids), _USERS_AT_ONCE):
             block = slice(first, first + _USERS_AT_ONCE)
             ids_NK, scores_NK = ranked.topk_ids[block, :k], ranked.topk_scores[block, :k]
@@ -323,23 +368,6 @@ def print_results(found: dict[str, Any], config: EvalConfig) -> None:
     for name, value in found["coverage"].items():
         table.add_row(name, f"{value:.1%}", "", f"{found['popularity']['coverage'][name]:.1%}", "")
     Console().print(table)
-
-
-@contextmanager
-def _progress(what: str, num_users: int, *, shown: bool) -> Iterator[Any]:
-    """Yield a callback for the number of users done; a bar on the first rank's terminal."""
-    columns = (
-        TextColumn(what),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("users"),
-        TimeElapsedColumn(),
-        TextColumn("ETA"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), disable=not (shown and sys.stderr.isatty())) as progress:
-        task = progress.add_task(what, total=num_users)
-        yield lambda done: progress.update(task, completed=done)
 
 
 if __name__ == "__main__":

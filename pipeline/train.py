@@ -13,17 +13,18 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
+import torch.distributed as dist
 import yaml
 from pydantic import BeforeValidator, Field, model_validator
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
 from muonrec import checkpoint
-from muonrec.config import Config, load_config, name_only, to_yaml
+from muonrec.config import Config, describe, load_config, name_only, to_yaml
 from muonrec.data.candidates import Candidates, CandidateSampler
-from muonrec.data.loader import TrainingBatches, evaluation_batches
+from muonrec.data.loader import TrainingBatches, evaluation_batches, seen_items
 from muonrec.data.shards import Sequences, load_sequences
-from muonrec.embeddings.fused import JoinedOptimizer, build_optimizer, check_tables, fused_tables
+from muonrec.embeddings.fused import JoinedOptimizer, build_optimizer, check_tables
 from muonrec.embeddings.sharding import DenseSharding, format_plan, shard_model
 from muonrec.embeddings.tables import TableConfig, initialize_tables
 from muonrec.losses import Loss, NextItemLoss
@@ -32,8 +33,8 @@ from muonrec.metrics import ranking_metrics
 from muonrec.models import MODELS, SASRecConfig, ShardedEncoder
 from muonrec.optim import Schedule, format_routing
 from muonrec.retrieval import rank_targets
-from muonrec.runlog import RunLog, configure_logging
-from pipeline.data import DataConfig
+from muonrec.runlog import RunLog, configure_logging, run_stage
+from pipeline.data import DataConfig, check_same_data
 
 logger = logging.getLogger(__name__)
 
@@ -105,10 +106,14 @@ class LossConfig(Config):
 
 
 class ValidationConfig(Config):
-    """When the model is validated, on whom, and when no gain stops the run (``patience`` validations; 0: never)."""
+    """When the model is validated and on whom; ``patience`` validations without a gain stop the run (0: never).
+
+    ``mask_seen`` leaves out what a user has had before, as the eval stage does by its own setting.
+    """
 
     every_steps: int = Field(default=200, ge=1)
     max_users: int | None = Field(default=5000, ge=1)
+    mask_seen: bool = False
     batch_size: int = Field(default=512, ge=1)
     patience: int = Field(default=0, ge=0)
 
@@ -124,7 +129,7 @@ class TrainConfig(Config):
     """One experiment. ``batch_size`` counts users of the global batch; give ``num_epochs`` or ``num_steps``."""
 
     output: Path
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
     data: DataConfig
     model: Annotated[SASRecConfig, BeforeValidator(name_only)] = SASRecConfig()
     loss: Annotated[LossConfig, BeforeValidator(name_only)] = LossConfig()
@@ -164,9 +169,17 @@ _SCHEDULED: Mapping[str, Literal["tables", "dense", "adamw"]] = {
 _MAY_DIFFER = {"dense_sharding", "log_every_steps", "tensorboard", "checkpoints"}
 
 
-def main() -> None:
+def main() -> int:
     """Parse the command line and train, resuming where an earlier run of the same config stopped."""
-    parser = argparse.ArgumentParser(prog="python -m pipeline.train", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m pipeline.train",
+        description=__doc__,
+        epilog=f"settings and their defaults:\n{describe(TrainConfig, leave_out=('data',))}\n\n"
+        "examples:\n"
+        "  torchrun --nproc-per-node 2 -m pipeline.train configs/demo/sasrec.yaml\n"
+        "  torchrun --nproc-per-node 2 -m pipeline.train configs/demo/sasrec.yaml dense_optimizer=adamw output=out/a",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("config", help="YAML file of the experiment, such as configs/demo/sasrec.yaml")
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="such as dense_optimizer=adamw dense_optimizer.lr=0.001"
@@ -174,12 +187,7 @@ def main() -> None:
     arguments = parser.parse_args()
     with join_ranks() as ranks:
         configure_logging(is_first=ranks.is_first)
-        try:
-            train(load_config(TrainConfig, arguments.config, arguments.overrides), ranks)
-        except (ValueError, FloatingPointError) as error:
-            # The message says what to do; a trace of our own calls on every rank would only bury it.
-            logger.error("%s", error) if ranks.is_first else logger.debug("%s", error)
-            sys.exit(1)
+        return run_stage(lambda: train(load_config(TrainConfig, arguments.config, arguments.overrides), ranks))
 
 
 def train(config: TrainConfig, ranks: Ranks) -> None:
@@ -250,19 +258,22 @@ class Run:
         """Build data, model and optimizer; write and print what was decided."""
         check_output(config)
         sequences = load_sequences(config.data.output)
+        check_same_data(config.data, sequences.manifest)
         loader = make_loader(config, sequences, ranks)
         num_steps = config.num_steps or (config.num_epochs or 0) * loader.steps_per_epoch
         model, plan = make_model(config, sequences, ranks)
-        check_tables(model, config.tables)
+        tables = check_tables(model, config.tables)
         optimizer = make_optimizer(config, model)
         routing, plan_text = format_routing(optimizer.routing), format_plan(plan)
         if ranks.is_first:
             config.output.mkdir(parents=True, exist_ok=True)
-            (config.output / "resolved.yaml").write_text(to_yaml(config))
             (config.output / "routing.txt").write_text(routing + "\n")
             (config.output / "plan.txt").write_text(plan_text + "\n")
+            # Renamed into place: a run killed here must find its whole config when it comes back.
+            (config.output / "resolved.tmp").write_text(to_yaml(config))
+            (config.output / "resolved.tmp").rename(config.output / "resolved.yaml")
         logger.info("sharding plan over %d ranks\n%s", ranks.num_ranks, plan_text)
-        for table in fused_tables(model):
+        for table in tables:
             logger.info(
                 "table %s: %s fused into the backward pass, lr %g, eps %g",
                 table.name,
@@ -280,22 +291,37 @@ class Run:
 
     def resume(self, root: Path) -> tuple[int, Best]:
         """Load the newest finished checkpoint below ``root``, if there is one."""
-        found = checkpoint.newest(root)
+        choice = [checkpoint.newest(root)]
+        # The first rank decides: a rank on a machine that does not see the folder fails here instead of starting anew.
+        dist.broadcast_object_list(choice, src=0)
+        found = choice[0]
         if found is None:
             return 0, Best()
-        progress = checkpoint.load(found, self.model, self.optimizer)
+        progress = checkpoint.read_progress(found)
+        if progress["data"] != self.sequences.manifest.fingerprint:
+            raise ValueError(
+                f"{found} was trained on other data than {self.config.data.output} holds now; "
+                "rebuild that data set as it was, or pass output=another/folder to start anew"
+            )
+        checkpoint.load(found, self.model, self.optimizer)
+        step, best = progress["step"], Best(**progress["best"])
+        checkpoint.prune(root, keep=self.config.checkpoints.keep, best=best.step)  # what was cut off left behind
         logger.info("resumed from %s", found)
-        return progress["step"], Best(**progress["best"])
+        return step, best
 
     def set_rates(self, step: int) -> dict[str, float]:
-        """Set every part's learning rate for ``step``; the first rate of each, by name."""
-        return {
-            f"lr_{part}": self.optimizer.scale_lr(part, schedule(step)) for part, schedule in self.schedules.items()
-        }
+        """Set every part's learning rate for ``step``; the rates, of the first table for all, by name."""
+        dense = self.config.dense_optimizer.lr
+        # From the config: a rank may hold no table, and knows no rate then.
+        table = next(iter(self.config.tables.values())).lr
+        peaks = {"tables": table, "muon": dense, "matrices": dense, "adamw": self.config.adamw.lr}
+        for part, schedule in self.schedules.items():
+            self.optimizer.scale_lr(part, schedule(step))
+        return {f"lr_{part}": peaks[part] * schedule(step) for part, schedule in self.schedules.items()}
 
     def seed_dropout(self, step: int) -> None:
         """Make the step's random numbers a function of seed, step and rank, so that none have to be saved."""
-        torch.manual_seed((self.config.seed * 1_000_003 + step) * 65_537 + self.ranks.rank)
+        torch.manual_seed(((self.config.seed * 1_000_003 + step) * 65_537 + self.ranks.rank) % 2**63)
 
     def norms(self) -> dict[str, float]:
         """The norm the last step clipped, if it did."""
@@ -309,11 +335,16 @@ class Run:
 
     def save(self, root: Path, step: int, best: Best) -> None:
         """Write the checkpoint of ``step`` and drop those no longer kept."""
-        progress = {"step": step, "best": dataclasses.asdict(best)}
-        folder = checkpoint.step_folder(root, step)
-        if not checkpoint.is_committed(folder):
-            checkpoint.save(folder, self.model, self.optimizer, progress=progress)
-            checkpoint.prune(root, keep=self.config.checkpoints.keep, best=best.step)
+        # The loader's position is the step; random numbers are a function of seed, step and rank (`seed_dropout`).
+        progress = {
+            "step": step,
+            "seed": self.config.seed,
+            "best": dataclasses.asdict(best),
+            "data": self.sequences.manifest.fingerprint,
+        }
+        folder, files = checkpoint.step_folder(root, step), {"resolved.yaml": to_yaml(self.config)}
+        checkpoint.save(folder, self.model, self.optimizer, progress=progress, files=files)
+        checkpoint.prune(root, keep=self.config.checkpoints.keep, best=best.step)
 
     def validate(self) -> dict[str, float]:
         """Full-ranking metrics on the validation items."""
@@ -327,7 +358,8 @@ class Run:
             max_users=settings.max_users,
         )
         encoder = ShardedEncoder(self.model, num_items=self.sequences.num_items, device=self.ranks.device)
-        ranked = rank_targets(encoder, batches, ranks=self.ranks)
+        seen = (lambda user_ids: seen_items(self.sequences, user_ids, "valid")) if settings.mask_seen else None
+        ranked = rank_targets(encoder, batches, ranks=self.ranks, mask_seen=seen)
         return {f"valid_{name}": value for name, value in ranking_metrics(ranked, k=(10,)).items()}
 
 
@@ -456,10 +488,11 @@ class Clock:
     def __init__(self, *, already_s: float) -> None:
         self._started = time.monotonic() - already_s
         self._lap_started, self._events = time.monotonic(), 0.0
+        self._paused_at: float | None = None
 
     @property
     def seconds(self) -> float:
-        return time.monotonic() - self._started
+        return (self._paused_at or time.monotonic()) - self._started
 
     def count(self, events: float) -> None:
         self._events += events
@@ -472,12 +505,13 @@ class Clock:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        entered = time.monotonic()
+        self._paused_at = time.monotonic()
         yield
-        passed = time.monotonic() - entered
+        passed = time.monotonic() - self._paused_at
         self._started += passed
         self._lap_started += passed
+        self._paused_at = None
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

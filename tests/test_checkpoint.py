@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint import filesystem
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
 from muonrec import checkpoint
@@ -96,6 +97,33 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"step-0000000{step}" for step in (2, 4, 5)]
 
 
+def test_what_cut_off_saves_and_deletions_left_is_cleared(tmp_path):
+    committed(checkpoint.step_folder(tmp_path, 9))
+    for step in (3, 12):
+        checkpoint.step_folder(tmp_path, step).mkdir()
+    checkpoint.prune(tmp_path, keep=1, best=None)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000009"]
+
+
+def full_disk(folder):
+    dmp, _ = sharded()
+    write_item, writer = filesystem._write_item, filesystem
+    if dist.get_rank() == 1:
+        writer._write_item = lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+    try:
+        checkpoint.save(folder, dmp)
+    except OSError as error:
+        return str(error), checkpoint.is_committed(folder)
+    finally:
+        writer._write_item = write_item
+
+
+def test_a_full_disk_on_one_rank_is_an_error_on_every_rank_and_commits_nothing(tmp_path):
+    for message, is_committed in run_on_ranks(2, full_disk, str(tmp_path / "step-1")):
+        assert "step-1 could not be written" in message and "No space left on device') on rank 1" in message
+        assert not is_committed
+
+
 def replaced(folder):
     dmp, _ = sharded()
     left = Path(folder) / "step-1"
@@ -103,7 +131,8 @@ def replaced(folder):
         left.mkdir()
         (left / "garbage").write_text("of an interrupted save")
     dist.barrier()
-    checkpoint.save(left, dmp, progress={"step": 1})
+    checkpoint.save(left, dmp, progress={"step": 1}, files={"resolved.yaml": "seed: 0"})
+    assert (left / "resolved.yaml").read_text() == "seed: 0"
     return (left / "garbage").exists(), checkpoint.is_committed(left), checkpoint.read_progress(left)
 
 

@@ -156,14 +156,14 @@ def test_headline_says_what_the_paired_interval_says(tmp_path):
     value = arm.metrics["metrics"]["ndcg@10"]["mean"]
     text = text_of(write_report(tmp_path, [control, arm]))
     assert f"muon reaches NDCG@10 {value:.4f}" in text
-    assert f"It is {interval.mean:.1%} better than adamw" in text
-    assert f"{value / 0.5:.0%} of the best possible" in text
+    assert f"It is {100 * interval.mean:.1f} % better than adamw" in text
+    assert f"{100 * value / 0.5:.0f} % of the best possible" in text
 
 
 def test_a_difference_whose_interval_holds_zero_is_called_none(tmp_path):
     runs = read_runs([make_run(tmp_path / "one"), make_run(tmp_path / "two")])
     text = text_of(write_report(tmp_path, runs))
-    assert "No difference to one is shown: +0.0%" in text
+    assert "No difference to one is shown: +0.0 %" in text
     assert text.count("no difference shown") == 3
     assert "better" not in text and "worse" not in text
 
@@ -250,3 +250,13 @@ def test_ranks_survive_the_file(tmp_path):
     found = read_run(tmp_path).ranked
     assert found.protocol == PROTOCOL
     np.testing.assert_array_equal(found.columns["target"], [5, 6, 7])
+
+
+def test_groups_without_users_are_left_out(tmp_path):
+    run = read_runs([make_run(tmp_path / "one")])[0]
+    title, rows = next(iter(run.metrics["breakdowns"].items()))
+    nobody = {"group": ">999", "num_users": 0}
+    run.metrics["breakdowns"][title] = [*rows, nobody]
+    text = text_of(write_report(tmp_path, [run]))
+    assert "999" not in text
+    assert rows[0]["group"].replace("<=", "≤ ") in text

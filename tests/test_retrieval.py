@@ -13,7 +13,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from muonrec.batch import CANDIDATES, HISTORY, TARGETS, SequenceBatch
 from muonrec.mesh import Ranks
-from muonrec.retrieval import PopularityEncoder, RankedTargets, _snap, rank_targets
+from muonrec.retrieval import PopularityEncoder, RankedTargets, _snap, rank_by_popularity, rank_targets
 from tests.distributed.ranks import run_on_ranks
 
 NUM_USERS, NUM_ITEMS, WIDTH, BATCH_SIZE = 37, 53, 8, 5
@@ -239,3 +239,13 @@ def test_a_held_out_item_outside_the_catalogue_is_refused():
     batch.labels[0] = NUM_ITEMS
     with pytest.raises(ValueError, match="held-out item 53 is outside the 53 items"):
         rank_targets(made_up_encoder(), [batch], ranks=ALONE)
+
+
+@pytest.mark.parametrize("k", [None, 6, NUM_ITEMS + 4])
+def test_ranking_by_popularity_at_once_equals_walking_the_users(k: int | None) -> None:
+    counts = np.random.default_rng(3).integers(0, 6, NUM_ITEMS)  # few values: many ties, also at the cut
+    walked = rank_targets(PopularityEncoder(counts), batches_of(ALONE), ranks=ALONE, k=k, item_chunk=8)
+    model = rank_targets(made_up_encoder(), batches_of(ALONE), ranks=ALONE, k=k)
+    at_once = rank_by_popularity(model, counts)
+    for field in dataclasses.fields(RankedTargets):
+        np.testing.assert_array_equal(getattr(at_once, field.name), getattr(walked, field.name), err_msg=field.name)

@@ -32,8 +32,10 @@ MAX_TIMESTAMP_S = 10**11
 
 _BLOCK_BYTES = 16 * 2**20
 _BATCH_ROWS = 2**18
+_CODECS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd", ".lz4": "lz4"}
 
 Columns: TypeAlias = tuple[pa.Array, pa.Array, pa.Array]  # user_id, item_id, timestamp_s: one chunk of a source
+OnShare: TypeAlias = Callable[[float], None]  # told how much of the source's bytes is behind, from 0 to 1
 
 
 class SequencesSource(Config):
@@ -82,40 +84,40 @@ class ParquetSource(Config):
 FileSource: TypeAlias = SequencesSource | RecboleSource | CsvSource | ParquetSource
 
 
-def read_sequences(source: SequencesSource) -> pa.RecordBatchReader:
+def read_sequences(source: SequencesSource, *, on_share: OnShare | None = None) -> pa.RecordBatchReader:
     """Stream a file of a user per line; ``timestamp_s`` is null and ``source_row`` carries the order.
 
     Raises:
         ValueError: file missing or empty, or (while reading) a line with a user and no item.
     """
-    return event_reader(_sequence_chunks(path) for path in source_files(source.path))
+    return _files_reader(source.path, _sequence_chunks, on_share)
 
 
-def read_recbole(source: RecboleSource) -> pa.RecordBatchReader:
+def read_recbole(source: RecboleSource, *, on_share: OnShare | None = None) -> pa.RecordBatchReader:
     """Stream a RecBole ``.inter`` file (format: recbole.io/docs/user_guide/data/atomic_files.html).
 
     Raises:
         ValueError: file missing or empty, unknown column, or (while reading) an empty id or a bad time.
     """
-    return event_reader(_delimited_chunks(path, source, delimiter="\t") for path in source_files(source.path))
+    return _files_reader(source.path, lambda path: _delimited_chunks(path, source, delimiter="\t"), on_share)
 
 
-def read_csv(source: CsvSource) -> pa.RecordBatchReader:
+def read_csv(source: CsvSource, *, on_share: OnShare | None = None) -> pa.RecordBatchReader:
     """Stream delimited text with a header. Times are floored to seconds: finer order becomes a tie.
 
     Raises:
         ValueError: file missing or empty, unknown column, or (while reading) an empty id or a bad time.
     """
-    return event_reader(_delimited_chunks(path, source, source.delimiter) for path in source_files(source.path))
+    return _files_reader(source.path, lambda path: _delimited_chunks(path, source, source.delimiter), on_share)
 
 
-def read_parquet(source: ParquetSource) -> pa.RecordBatchReader:
+def read_parquet(source: ParquetSource, *, on_share: OnShare | None = None) -> pa.RecordBatchReader:
     """Stream Parquet files. Times are floored to seconds: finer order becomes a tie.
 
     Raises:
         ValueError: file missing or empty, unknown column, or (while reading) an empty id or a bad time.
     """
-    return event_reader(_parquet_chunks(path, source) for path in source_files(source.path))
+    return _files_reader(source.path, lambda path: _parquet_chunks(path, source), on_share)
 
 
 READERS: dict[str, Callable[..., pa.RecordBatchReader]] = {
@@ -141,30 +143,37 @@ def source_files(path: str) -> list[Path]:
     return files
 
 
-def event_reader(sources: Iterator[Iterator[Columns]]) -> pa.RecordBatchReader:
-    """Join the chunks of all sources to one stream of `EVENT_SCHEMA`, numbering the rows over all of them."""
+def _files_reader(
+    path: str, open_file: Callable[[Path], Iterator[tuple[Columns, float]]], on_share: OnShare | None
+) -> pa.RecordBatchReader:
+    """Join the chunks of all files to one stream of `EVENT_SCHEMA`, numbering the rows over all of them."""
+    files = source_files(path)
+    sizes = [file.stat().st_size for file in files]
     # Files are opened here and not at the first batch, so that a wrong path fails before any work is done.
-    opened = list(sources)
+    opened = [open_file(file) for file in files]
 
     def batches() -> Iterator[pa.RecordBatch]:
-        next_row = 0
-        for chunks in opened:
-            for user_id, item_id, timestamp_s in chunks:
+        next_row = bytes_behind = 0
+        for size, chunks in zip(sizes, opened, strict=True):
+            for (user_id, item_id, timestamp_s), share in chunks:
                 source_row = pa.array(np.arange(next_row, next_row + len(user_id), dtype=np.int64))
                 next_row += len(user_id)
                 yield pa.RecordBatch.from_arrays([user_id, item_id, timestamp_s, source_row], schema=EVENT_SCHEMA)
+                if on_share is not None:  # after the yield: the consumer has counted the batch by now
+                    on_share((bytes_behind + share * size) / sum(sizes))
+            bytes_behind += size
 
     return pa.RecordBatchReader.from_batches(EVENT_SCHEMA, batches())
 
 
-def _sequence_chunks(path: Path) -> Iterator[Columns]:
+def _sequence_chunks(path: Path) -> Iterator[tuple[Columns, float]]:
     _refuse_empty(path)
     return _read_sequence_chunks(path)
 
 
-def _read_sequence_chunks(path: Path) -> Iterator[Columns]:
+def _read_sequence_chunks(path: Path) -> Iterator[tuple[Columns, float]]:
     first_line, num_events = 1, 0
-    for batch in _open_text(
+    for batch, share in _open_text(
         path,
         pa_csv.ReadOptions(column_names=["line"], block_size=_BLOCK_BYTES),
         # The unit separator never stands in such a file: a line arrives as one string and Arrow splits it.
@@ -189,12 +198,12 @@ def _read_sequence_chunks(path: Path) -> Iterator[Columns]:
         item_id = flat.filter(pa.array(is_item))
         first_line += len(lengths)
         num_events += len(item_id)
-        yield user_id, item_id, pa.nulls(len(item_id), pa.int64())
+        yield (user_id, item_id, pa.nulls(len(item_id), pa.int64())), share
     if num_events == 0:
         raise ValueError(f"{path} has no events: all its lines are blank; a line is a user id followed by item ids")
 
 
-def _delimited_chunks(path: Path, source: RecboleSource | CsvSource, delimiter: str) -> Iterator[Columns]:
+def _delimited_chunks(path: Path, source: RecboleSource | CsvSource, delimiter: str) -> Iterator[tuple[Columns, float]]:
     _refuse_empty(path)
     with pa.input_stream(str(path), compression="detect") as stream:
         head = stream.read(2**20).decode("utf-8-sig", errors="replace")
@@ -206,23 +215,23 @@ def _delimited_chunks(path: Path, source: RecboleSource | CsvSource, delimiter: 
 
 def _read_delimited_chunks(
     path: Path, source: RecboleSource | CsvSource, delimiter: str, names: list[str], wanted: list[str]
-) -> Iterator[Columns]:
+) -> Iterator[tuple[Columns, float]]:
     quoted = source.format == "csv"
     first_row = 1
-    for batch in _open_text(
+    for batch, share in _open_text(
         path,
         pa_csv.ReadOptions(column_names=names, skip_rows=1, block_size=_BLOCK_BYTES),
         pa_csv.ParseOptions(delimiter=delimiter, quote_char='"' if quoted else False, newlines_in_values=quoted),
         # Everything is read as text: a number that Arrow guessed would lose leading zeros of ids.
         pa_csv.ConvertOptions(column_types=dict.fromkeys(wanted, pa.string()), include_columns=wanted),
     ):
-        yield _checked_columns(batch, wanted, source.timestamp_unit, path, first_row)
+        yield _checked_columns(batch, wanted, source.timestamp_unit, path, first_row), share
         first_row += len(batch)
     if first_row == 1:
         raise ValueError(f"{path} has a header and no events; pass a file with at least one row")
 
 
-def _parquet_chunks(path: Path, source: ParquetSource) -> Iterator[Columns]:
+def _parquet_chunks(path: Path, source: ParquetSource) -> Iterator[tuple[Columns, float]]:
     try:
         file = pq.ParquetFile(path)
     except pa.ArrowInvalid as error:
@@ -240,23 +249,35 @@ def _parquet_chunks(path: Path, source: ParquetSource) -> Iterator[Columns]:
 
 def _read_parquet_chunks(
     path: Path, file: pq.ParquetFile, source: ParquetSource, wanted: list[str]
-) -> Iterator[Columns]:
+) -> Iterator[tuple[Columns, float]]:
     first_row = 1
     with file:
         for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=wanted):
-            yield _checked_columns(batch, wanted, source.timestamp_unit, path, first_row)
+            columns = _checked_columns(batch, wanted, source.timestamp_unit, path, first_row)
             first_row += len(batch)
+            yield columns, (first_row - 1) / file.metadata.num_rows
 
 
 def _open_text(
     path: Path, read: pa_csv.ReadOptions, parse: pa_csv.ParseOptions, convert: pa_csv.ConvertOptions
-) -> Iterator[pa.RecordBatch]:
+) -> Iterator[tuple[pa.RecordBatch, float]]:
+    """Batches, each with the share of the file's bytes that were read by then (the reader is a few blocks ahead)."""
     try:
-        with pa_csv.open_csv(str(path), read_options=read, parse_options=parse, convert_options=convert) as batches:
-            yield from batches
+        # The file below and not the stream above knows the place where the text is compressed.
+        with pa.OSFile(str(path)) as file, _decompressed(file, path) as stream:
+            with pa_csv.open_csv(stream, read_options=read, parse_options=parse, convert_options=convert) as batches:
+                for batch in batches:
+                    yield batch, file.tell() / file.size()
     except pa.ArrowInvalid as error:
         if "Empty CSV" not in str(error):
-            raise ValueError(f"{path} cannot be read: {error}; check data.source.format and the delimiter") from None
+            raise ValueError(
+                f"{path} cannot be read: {error}; check data.source.format, the delimiter, and that the text is UTF-8"
+            ) from None
+
+
+def _decompressed(file: pa.NativeFile, path: Path) -> pa.NativeFile:
+    codec = _CODECS.get(path.suffix)
+    return file if codec is None else pa.CompressedInputStream(file, codec)
 
 
 def _refuse_empty(path: Path) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import itertools
 import json
 import logging
 import os
+import platform
 import shutil
 import tempfile
 from collections import Counter
@@ -29,6 +31,9 @@ SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
 ITEMS = "items.parquet"
 USERS = "users.parquet"
+
+# In the names of the hidden siblings of a data set that is being replaced.
+_PARTIAL, _PREVIOUS = ".partial-", ".previous-"
 
 _ROW_GROUP_ROWS = 8192
 _QUANTILES = {"min": 0.0, "p25": 0.25, "p50": 0.5, "p75": 0.75, "p90": 0.9, "p99": 0.99, "max": 1.0}
@@ -355,25 +360,84 @@ def load_sequences(folder: str | Path, *, verify_hashes: bool = False, timestamp
 def replaced_folder(output: Path) -> Iterator[Path]:
     """Yield an empty sibling of ``output`` that takes its place if the block ends well and vanishes if it does not.
 
+    Killed at any moment, it leaves what `put_right` mends at the next run.
+
     Raises:
         ValueError: ``output`` holds files that no manifest lists: replacing it would destroy somebody's work.
     """
     check_replaceable(output)
     output.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in sorted(output.parent.glob(f".{output.name}.partial-*")):
-        logger.warning("%s is left over from a run that was killed, unless one is running: remove it", leftover)
-    partial = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-", dir=output.parent))
-    partial.chmod(0o755)
+    partial, lock = _locked_sibling(output)
     try:
         yield partial
         # A folder cannot replace a full one in one step: between these renames there is no data set, never half of one.
-        previous = partial.with_name(partial.name.replace(".partial-", ".previous-"))
+        previous = partial.with_name(partial.name.replace(_PARTIAL, _PREVIOUS))
         if output.exists():
             os.rename(output, previous)
         os.rename(partial, output)
         shutil.rmtree(previous, ignore_errors=True)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        os.close(lock)
+
+
+def put_right(output: Path) -> None:
+    """Mend what runs that were killed left beside ``output``: bring back a data set, remove unfinished folders.
+
+    Leftovers of a run that may still be alive, here or on another host, stay as they are.
+    """
+    dead = [folder for folder in sorted(output.parent.glob(f".{output.name}{_PARTIAL}*")) if _is_abandoned(folder)]
+    for folder in dead:
+        # Killed between the two renames: the new data set is complete, the one before it has been moved away.
+        if not output.exists() and (folder / MANIFEST).is_file():
+            logger.warning("%s was complete when its run was killed: it becomes %s", folder, output)
+            os.rename(folder, output)
+        else:
+            logger.warning("%s was left by a run that was killed: removed", folder)
+            shutil.rmtree(folder, ignore_errors=True)
+    for folder in sorted(output.parent.glob(f".{output.name}{_PREVIOUS}*")):
+        if folder.with_name(folder.name.replace(_PREVIOUS, _PARTIAL)).exists():
+            continue  # its run is still at it
+        if output.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+        else:
+            logger.warning("%s was moved away by a run that was killed: it becomes %s again", folder, output)
+            os.rename(folder, output)
+
+
+def _locked_sibling(output: Path) -> tuple[Path, int]:
+    """A new folder beside ``output``, and a lock on it that ends with this process, however that ends."""
+    while True:
+        partial = Path(tempfile.mkdtemp(prefix=f".{output.name}{_PARTIAL}{platform.node()}-", dir=output.parent))
+        lock = os.open(partial, os.O_RDONLY)
+        with contextlib.suppress(OSError):  # a file system without locks: its leftovers are for people to remove
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if partial.exists():  # else another run has just taken it for a leftover
+            partial.chmod(0o755)
+            return partial, lock
+        os.close(lock)
+
+
+def _is_abandoned(partial: Path) -> bool:
+    """Whether the run that made ``partial`` is dead for certain: of this host, and its lock is gone."""
+    if not partial.name.partition(_PARTIAL)[2].startswith(f"{platform.node()}-"):
+        logger.warning("%s is of a run on another host: remove it unless that is running", partial)
+        return False
+    try:
+        lock = os.open(partial, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        logger.warning("%s belongs to a run that is writing the same output now", partial)
+        return False
+    except OSError:
+        logger.warning("%s is left over from a run that was killed, unless one is running: remove it", partial)
+        return False
+    finally:
+        os.close(lock)
+    return True
 
 
 def check_replaceable(output: Path) -> None:

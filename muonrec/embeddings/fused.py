@@ -8,10 +8,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from torch import nn
 from torch.distributed.optim import _apply_optimizer_in_backward
-from torchrec.distributed.batched_embedding_kernel import BaseBatchedEmbedding
+from torchrec.distributed.batched_embedding_kernel import BaseBatchedEmbedding, BaseBatchedEmbeddingBag
 from torchrec.distributed.embedding_types import ShardedEmbeddingModule
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
@@ -56,9 +57,9 @@ def fuse_optimizers(model: nn.Module, tables: Mapping[str, TableConfig]) -> None
         _apply_optimizer_in_backward(_FUSED[table.optimizer][0], [parameter], settings)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, order=True)
 class FusedTable:
-    """What FBGEMM was found to run for one table on this rank."""
+    """What FBGEMM was found to run for one table; ``optimizer`` is a kernel's name, or `NOT_FUSED` or `NOT_ASKED`."""
 
     name: str
     optimizer: str
@@ -66,32 +67,55 @@ class FusedTable:
     eps: float
 
 
+NOT_FUSED, NOT_ASKED = "no fused optimizer", "the default optimizer"
+
+
 def fused_tables(model: nn.Module) -> list[FusedTable]:
-    """Read back from the kernels of a sharded model which optimizer runs for each table this rank holds rows of."""
-    found = []
+    """Read back from the kernels of a sharded model what trains each of its tables; every rank must call it.
+
+    Returns:
+        The same on every rank, by name: one entry for each table that any rank holds rows of, more if ranks differ.
+    """
+    mine = []
     for kernel in _kernels(model):
         table_batch = kernel.emb_module
-        optimizer = getattr(table_batch, "optimizer", None)
         for table in kernel.config.embedding_tables:
-            arguments = getattr(table_batch, "optimizer_args", None)
-            found.append(
+            if not hasattr(table_batch, "optimizer"):
+                mine.append(FusedTable(table.name, NOT_FUSED, 0.0, 0.0))
+                continue
+            asked = "optimizer" in (table.fused_params or {})
+            mine.append(
                 FusedTable(
                     name=table.name,
-                    optimizer=optimizer.name if optimizer is not None else "none",
-                    lr=float(table_batch.get_learning_rate()) if optimizer is not None else 0.0,
-                    eps=float(getattr(arguments, "eps", 0.0)),
+                    optimizer=table_batch.optimizer.name if asked else NOT_ASKED,
+                    lr=float(table_batch.get_learning_rate()),
+                    eps=float(table_batch.optimizer_args.eps),
                 )
             )
-    return found
+    everyone = [mine]
+    if dist.is_initialized():
+        everyone = [[] for _ in range(dist.get_world_size())]
+        dist.all_gather_object(everyone, mine)
+    return sorted(set().union(*everyone))
 
 
-def check_tables(model: DistributedModelParallel, tables: Mapping[str, TableConfig]) -> None:
-    """Prove that each table this rank holds is trained once, by the optimizer, rate and eps that were asked for.
+def check_tables(model: DistributedModelParallel, tables: Mapping[str, TableConfig]) -> list[FusedTable]:
+    """Prove that each table is trained by the optimizer, rate and eps that were asked for; every rank must call it.
+
+    That none is trained a second time, `build_optimizer` sees to.
+
+    Returns:
+        What runs for each table, in the order of their names.
 
     Raises:
-        ValueError: names the table, what was asked and what FBGEMM runs.
+        ValueError: names the table, what was asked and what FBGEMM runs; on every rank.
     """
     found = fused_tables(model)
+    if [table.name for table in found] != sorted(tables):
+        raise ValueError(
+            f"settings are for tables {sorted(tables)}, but the ranks hold {[table.name for table in found]}; every "
+            "table must be on some rank, and run the same optimizer on each rank that has rows of it"
+        )
     for table in found:
         asked = tables[table.name]
         kernel = _FUSED[asked.optimizer][1].name
@@ -101,12 +125,7 @@ def check_tables(model: DistributedModelParallel, tables: Mapping[str, TableConf
             raise ValueError(f"table {table.name!r} asks for lr {asked.lr}, but FBGEMM has {table.lr}")
         if asked.optimizer != "sgd" and abs(table.eps - asked.eps) > 1e-6 * asked.eps:
             raise ValueError(f"table {table.name!r} asks for eps {asked.eps}, but FBGEMM has {table.eps}")
-    fused = {key for key, _ in model.fused_optimizer.params.items()}
-    left = [key for key, _ in in_backward_optimizer_filter(model.named_parameters()) if key in fused]
-    if left:
-        raise ValueError(
-            f"tables {left} are updated in the backward pass and would be updated again by a dense optimizer"
-        )
+    return found
 
 
 class JoinedOptimizer(CombinedOptimizer):
@@ -129,15 +148,13 @@ class JoinedOptimizer(CombinedOptimizer):
         """State by parameter; a rank has none of the momentum that another rank owns."""
         return {parameter: state for parameter, state in super().state.items() if state}
 
-    def scale_lr(self, part: str, factor: float) -> float:
-        """Set a part's rates to ``factor`` times those it was built with; the first of them.
+    def scale_lr(self, part: str, factor: float) -> None:
+        """Set a part's rates to ``factor`` times those it was built with.
 
         Those of the tables reach FBGEMM with the next `zero_grad` or `step`.
         """
-        groups = self.parts[part].param_groups
-        for group, lr in zip(groups, self._base_lrs[part], strict=True):
+        for group, lr in zip(self.parts[part].param_groups, self._base_lrs[part], strict=True):
             group["lr"] = factor * lr  # type: ignore[index]
-        return factor * self._base_lrs[part][0] if groups else 0.0
 
     @property
     def grad_norm(self) -> float | None:
@@ -194,7 +211,8 @@ def build_optimizer(
 ) -> JoinedOptimizer:
     """One optimizer for a sharded model: fused tables, Muon (or AdamW) on the tower's matrices, AdamW on the rest.
 
-    A real `CombinedOptimizer`: TorchRec's train pipelines, schedulers and DCP take it as it is.
+    A real `CombinedOptimizer`: TorchRec's train pipelines, schedulers and DCP take it as it is. Every rank must
+    call it.
 
     Args:
         model: sharded, its tables with an optimizer in the backward pass.
@@ -205,14 +223,34 @@ def build_optimizer(
         max_grad_norm: of AdamW's parameters, see `DenseOptimizer`.
 
     Raises:
-        ValueError: a pattern that matches nothing, or neither or both of ``muon`` and ``matrices``.
+        ValueError: a pattern that matches nothing or a table, neither or both of ``muon`` and ``matrices``, or a table
+            that the backward pass does not train, or trains by an optimizer that nobody chose.
     """
     if (muon is None) == (matrices is None):
         raise ValueError(
             "give the matrices one optimizer: either muon=dict(lr=...) or muon=None, matrices=dict(lr=...)"
         )
+    for table in fused_tables(model):
+        if table.optimizer == NOT_FUSED:
+            raise ValueError(
+                f"table {table.name!r} has a dense kernel, which the backward pass does not train, and Muon and AdamW "
+                "are not for tables; give the planner ParameterConstraints(sharding_types=['row_wise', 'table_wise', "
+                "'column_wise'], compute_kernels=['fused']) for it"
+            )
+        if table.optimizer == NOT_ASKED:
+            raise ValueError(
+                f"table {table.name!r} was sharded without an optimizer, so FBGEMM would train it by its default, SGD "
+                f"at {table.lr:g}; call apply_optimizer_in_backward on it before DistributedModelParallel, or give the "
+                "sharder fused_params with 'optimizer' and 'learning_rate'"
+            )
     routing = explain(model, overrides=overrides)
     dense = dict(in_backward_optimizer_filter(model.named_parameters()))
+    twice = [a.name for a in routing if a.optimizer != "sparse" and a.name not in dense]
+    if twice:
+        raise ValueError(
+            f"an override gives {twice} to a dense optimizer, but the backward pass trains them already; write "
+            "patterns that match no table"
+        )
     routed = {where: {a.name: dense[a.name] for a in routing if a.optimizer == where} for where in ("muon", "adamw")}
     splits = {a.name: a.split for a in routing if a.split is not None}
 
@@ -296,8 +334,12 @@ def _table_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
             yield from ((name, table.weight) for name, table in module.embedding_bags.items())
 
 
-def _kernels(model: nn.Module) -> Iterator[BaseBatchedEmbedding]:
+def _kernels(model: nn.Module) -> Iterator[BaseBatchedEmbedding | BaseBatchedEmbeddingBag]:
     for module in model.modules():
         if isinstance(module, ShardedEmbeddingModule):
-            for lookup in module._lookups:
-                yield from lookup._emb_modules
+            for lookup in module._lookups:  # data-parallel ones are wrapped by DDP
+                yield from (
+                    part
+                    for part in lookup.modules()
+                    if isinstance(part, BaseBatchedEmbedding | BaseBatchedEmbeddingBag)
+                )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
@@ -18,8 +19,15 @@ from torchrec.distributed.model_parallel import (
     DefaultDataParallelWrapper,
     DistributedModelParallel,
 )
-from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
-from torchrec.distributed.planner.types import ParameterConstraints, PlannerError
+from torchrec.distributed.planner import EmbeddingShardingPlanner
+from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
+from torchrec.distributed.planner.types import (
+    KernelConfig,
+    ParameterConstraints,
+    PlannerError,
+    TopologyFactory,
+    TrainerConfig,
+)
 from torchrec.distributed.types import EnumerableShardingSpec, ModuleSharder, ShardedModule, ShardingEnv, ShardingPlan
 
 from muonrec.embeddings.fused import fuse_optimizers
@@ -29,6 +37,9 @@ from muonrec.mesh import Ranks
 logger = logging.getLogger(__name__)
 
 DenseSharding = Literal["ddp", "fsdp2"]
+
+# Share of a device's memory that the planner leaves to the tower, activations and batches; TorchRec's own margin.
+_NOT_FOR_TABLES = 0.15
 
 _SHARDED = [ShardingType.ROW_WISE.value, ShardingType.TABLE_WISE.value, ShardingType.COLUMN_WISE.value]
 
@@ -54,10 +65,6 @@ def shard_model(
     plan = make_plan(
         model, {name: table.sharding for name, table in tables.items()}, ranks=ranks, batch_size=batch_size
     )
-    for parameter in model.parameters():
-        if not parameter.is_meta and ranks.num_ranks > 1:
-            # DDP would broadcast these by itself; FSDP2 would stitch shards of different initialisations together.
-            dist.broadcast(parameter.data, src=0)
     wrapper = DefaultDataParallelWrapper() if dense == "ddp" else FSDP2Wrapper()
     sharded = DistributedModelParallel(
         model, device=ranks.device, plan=plan, sharders=_sharders(), data_parallel_wrapper=wrapper
@@ -90,8 +97,20 @@ def make_plan(
         )
         for name, choice in sharding.items()
     }
-    topology = Topology(world_size=ranks.num_ranks, compute_device=ranks.device.type, hbm_cap=hbm_bytes)
-    planner = EmbeddingShardingPlanner(topology=topology, batch_size=batch_size, constraints=constraints, debug=False)
+    if hbm_bytes is None and ranks.device.type == "cuda":
+        hbm_bytes = torch.cuda.get_device_properties(ranks.device).total_memory  # TorchRec would assume 32 GB
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.num_ranks))
+    topology = TopologyFactory.create_topology(
+        TrainerConfig(ranks.num_ranks, ranks_here, hbm_cap_bytes=hbm_bytes),
+        kernel_config=KernelConfig(compute_device=ranks.device.type),
+    )
+    planner = EmbeddingShardingPlanner(
+        topology=topology,
+        batch_size=batch_size,
+        storage_reservation=FixedPercentageStorageReservation(_NOT_FOR_TABLES),
+        constraints=constraints,
+        debug=False,
+    )
     try:
         # plan(), not collective_plan(): a failure of the latter raises on rank 0 and leaves the others waiting.
         return planner.plan(model, _sharders())
@@ -132,6 +151,8 @@ def format_plan(plan: ShardingPlan) -> str:
 class FSDP2Wrapper(DataParallelWrapper):
     """Shards everything outside of the tables by FSDP2 (`fully_shard`) where `DistributedModelParallel` would use DDP.
 
+    As under DDP, all ranks start from the weights of the first, whatever their seeds.
+
     Args:
         mesh: 1-D device mesh; None for all ranks.
         blocks: names of submodules that are gathered one at a time; None for the children of every `nn.ModuleList`.
@@ -146,11 +167,15 @@ class FSDP2Wrapper(DataParallelWrapper):
         mesh = self._mesh or init_device_mesh(device.type, (env.world_size,), mesh_dim_names=("dp_shard",))
         sharded = [module for module in root.modules() if isinstance(module, ShardedModule)]
         # Ranks hold different tables: gathering these would hang.
-        ignored = {parameter for module in sharded for parameter in module.parameters()}
+        ignored = {value for module in sharded for value in (*module.parameters(), *module.buffers())}
+        for value in (*root.parameters(), *root.buffers()):
+            if value not in ignored and mesh.size() > 1:
+                # Otherwise shards of different initialisations would be stitched together.
+                dist.broadcast(value.detach(), src=dist.get_global_rank(mesh.get_group(), 0), group=mesh.get_group())
         blocks = self._blocks if self._blocks is not None else _list_children(root)
-        for name in blocks:
+        for name in sorted(blocks, key=lambda name: -name.count(".")):  # inner ones before those that hold them
             fully_shard(root.get_submodule(name), mesh=mesh)
-        fully_shard(root, mesh=mesh, ignored_params=ignored)
+        fully_shard(root, mesh=mesh, ignored_params=ignored & set(root.parameters()))
 
 
 def _list_children(root: nn.Module) -> list[str]:
@@ -160,6 +185,7 @@ def _list_children(root: nn.Module) -> list[str]:
         if isinstance(module, nn.ModuleList)
         for child, block in module.named_children()
         if not any(isinstance(part, ShardedModule) for part in block.modules())
+        and not isinstance(block, nn.ModuleList | nn.ModuleDict)  # they are never called, so nothing would gather them
     ]
 
 

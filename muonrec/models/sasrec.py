@@ -15,7 +15,10 @@ from muonrec.towers.transformer import Norm, Positions, TransformerTower
 
 
 class SASRecConfig(Config):
-    """Settings of SASRec; the defaults are the paper's widths with the norm moved inside (pre-norm)."""
+    """Settings of SASRec; the defaults are the paper's widths with the norm moved inside (pre-norm).
+
+    ``scale_input`` multiplies the rows that are read by sqrt(D), as the paper's code does.
+    """
 
     name: Literal["sasrec"] = "sasrec"
     embedding_dim: int = 64
@@ -26,6 +29,7 @@ class SASRecConfig(Config):
     max_length: int = 50
     norm: Norm = "pre"
     positions: Positions = "from_end"
+    scale_input: bool = True
 
 
 class SASRec(nn.Module):
@@ -49,8 +53,8 @@ class SASRec(nn.Module):
             positions=config.positions,
         )
         self.loss = loss
-        # The paper scales the rows it reads, and not those it scores against.
-        self.input_scale = config.embedding_dim**0.5
+        # The paper scales the rows it reads by sqrt(D), and not those it scores against.
+        self.input_scale = config.embedding_dim**0.5 if config.scale_input else 1.0
 
     def forward(self, batch: SequenceBatch) -> Any:
         embedded = self.embeddings(batch.features)

@@ -1,6 +1,9 @@
 """Shards and manifest: what is written is read back, damage is named, a folder is replaced whole or not at all."""
 
 import json
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +17,7 @@ from muonrec.data.shards import (
     Manifest,
     ShardStatistics,
     load_sequences,
+    put_right,
     read_manifest,
     replaced_folder,
     shard_name,
@@ -238,6 +242,61 @@ def test_a_failed_replacement_leaves_the_folder_as_it_was(tmp_path: Path) -> Non
         raise KeyboardInterrupt
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "log.csv"]
+
+
+def killed_while_replacing(folder: Path, *, at_rename: int) -> None:
+    """Replace ``folder`` in a process of its own, which is killed in place of the given rename."""
+    script = (
+        "import os, pathlib, shutil, signal, sys\n"
+        "from muonrec.data import shards\n"
+        "rename, calls = os.rename, []\n"
+        "def killing(*paths):\n"
+        "    calls.append(paths)\n"
+        "    if len(calls) == int(sys.argv[2]):\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    rename(*paths)\n"
+        "os.rename = killing\n"
+        "folder = pathlib.Path(sys.argv[1])\n"
+        "with shards.replaced_folder(folder) as partial:\n"
+        "    for path in folder.iterdir():\n"
+        "        shutil.copy(path, partial)\n"
+        "    (partial / 'new').touch()\n"
+    )
+    result = subprocess.run([sys.executable, "-c", script, str(folder), str(at_rename)], capture_output=True)
+    assert result.returncode == -signal.SIGKILL, result.stderr.decode()
+
+
+def test_a_data_set_killed_between_the_renames_is_put_right(tmp_path: Path) -> None:
+    folder = build(tmp_path)
+    killed_while_replacing(folder, at_rename=2)
+    assert not folder.exists()
+    put_right(folder)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "log.csv"]
+    assert (folder / "new").exists(), "the new data set was complete"
+    load_sequences(folder, verify_hashes=True)
+
+
+def test_the_data_set_before_comes_back_if_the_new_one_was_incomplete(tmp_path: Path) -> None:
+    folder = build(tmp_path)
+    killed_while_replacing(folder, at_rename=2)
+    (partial,) = tmp_path.glob(".data.partial-*")
+    (partial / MANIFEST).unlink()
+    put_right(folder)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "log.csv"]
+    assert not (folder / "new").exists()
+    load_sequences(folder, verify_hashes=True)
+
+
+def test_leftovers_of_the_dead_are_removed_and_of_the_living_kept(tmp_path: Path) -> None:
+    folder = build(tmp_path)
+    killed_while_replacing(folder, at_rename=1)
+    foreign = tmp_path / ".data.partial-another.host-1a2b"
+    foreign.mkdir()
+    with replaced_folder(folder) as alive:
+        put_right(folder)
+        assert sorted(path.name for path in tmp_path.iterdir()) == sorted([alive.name, foreign.name, "data", "log.csv"])
+        (alive / "kept").touch()
+    assert [path.name for path in folder.iterdir()] == ["kept"]
 
 
 def test_other_peoples_files_are_never_replaced(tmp_path: Path) -> None:

@@ -26,9 +26,11 @@ def this_rank():
     return Ranks(dist.get_rank(), dist.get_world_size(), CPU)
 
 
-def sharded(kind="full_softmax", dense="ddp", sharding="row_wise", optimizer="rowwise_adagrad", lr=0.05, std=0.02):
+def sharded(
+    kind="full_softmax", dense="ddp", sharding="row_wise", optimizer="rowwise_adagrad", lr=0.05, std=0.02, seed=0
+):
     sequences = made_up_sequences()
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     config = SASRecConfig(embedding_dim=WIDTH, dropout=0.0, max_length=20)
     model = SASRec(config, num_items=sequences.num_items, loss=NextItemLoss(kind))
     tables = {"item": TableConfig(lr=lr, sharding=sharding, optimizer=optimizer, init_std=std)}
@@ -38,28 +40,28 @@ def sharded(kind="full_softmax", dense="ddp", sharding="row_wise", optimizer="ro
     return dmp, plan
 
 
-def joined(dmp, dense="muon", **settings):
+def joined(dmp, dense="muon", ns_dtype=torch.float32, **settings):
     rates = {"lr": 0.01}
-    muon, matrices = ({**rates, "ns_dtype": torch.float32}, None) if dense == "muon" else (None, rates)
+    muon, matrices = ({**rates, "ns_dtype": ns_dtype}, None) if dense == "muon" else (None, rates)
     return build_optimizer(
         dmp, muon=muon, matrices=matrices, adamw={"lr": 1e-3, **settings.pop("adamw", {})}, **settings
     )
 
 
-def batches_of(kind):
-    sequences = made_up_sequences()
+def batches_of(kind, num_users=203, batch_size=32, num_streams=8):
+    sequences = made_up_sequences(num_users)
     sampler = CandidateSampler(
         CANDIDATES[kind], num_items=sequences.num_items, count=8, item_counts=sequences.item_train_counts
     )
     return TrainingBatches(
         sequences,
-        batch_size=32,
+        batch_size=batch_size,
         max_length=20,
         sampler=sampler,
         needs_targets=kind != "full_softmax",
         seed=0,
         ranks=this_rank(),
-        num_streams=8,
+        num_streams=num_streams,
     )
 
 
@@ -75,13 +77,12 @@ def whole(value):
     return value.full_tensor() if hasattr(value, "full_tensor") else value.detach().clone()
 
 
-def trained(kind, dense, sharding, dense_optimizer="muon", num_steps=5):
+def trained(kind, dense, sharding, num_steps=5, *, model=None, optimizer=None, batches=None):
     """Losses and whole parameters after a few steps through TorchRec's train pipeline."""
-    dmp, _ = sharded(kind, dense, sharding)
-    optimizer = joined(dmp, dense_optimizer)
-    pipeline = TrainPipelineSparseDist(dmp, optimizer, CPU)
+    dmp, _ = sharded(kind, dense, sharding, **(model or {}))
+    pipeline = TrainPipelineSparseDist(dmp, joined(dmp, **(optimizer or {})), CPU)
     dmp.train()
-    batches = batches_of(kind).iterate(0, num_steps)
+    batches = batches_of(kind, **(batches or {})).iterate(0, num_steps)
     losses = [pipeline.progress(batches)["loss_nats"] for _ in range(num_steps)]
     return losses, {name: whole(value) for name, value in dmp.state_dict().items()}
 
@@ -146,6 +147,41 @@ def test_any_number_of_ranks_follows_the_gradient_of_one(kind, dense, sharding, 
             torch.testing.assert_close(
                 got[name], parameters[name], rtol=1e-3, atol=2e-4, msg=lambda m, n=name: f"{n}: {m}"
             )
+
+
+# Four users in two batches of three streams: the second batch has a user for the first rank alone.
+FEW = {"num_users": 4, "batch_size": 3, "num_streams": 3}
+
+
+def trained_on_few(kind, dense, sharding):
+    return trained(kind, dense, sharding, batches=FEW)
+
+
+@pytest.mark.parametrize(
+    ("kind", "dense", "sharding"),
+    [("sampled_softmax", "ddp", "row_wise"), ("full_softmax", "fsdp2", "table_wise"), ("bce", "fsdp2", "row_wise")],
+)
+def test_ranks_without_a_user_take_part(kind, dense, sharding):
+    losses, _ = run_on_ranks(1, trained_on_few, kind, "ddp", "table_wise")[0]
+    for got, _ in run_on_ranks(3, trained_on_few, kind, dense, sharding):
+        assert got == pytest.approx(losses, rel=2e-5)  # as above
+
+
+def fifty_steps(dense):
+    """In Muon's default bfloat16; ranks start from other weights, which the first one's replace."""
+    model, optimizer = {"seed": dist.get_rank()}, {"ns_dtype": torch.bfloat16}
+    return trained("sampled_softmax", dense, "row_wise", 50, model=model, optimizer=optimizer)
+
+
+@pytest.mark.parametrize("dense", ["ddp", "fsdp2"])
+def test_fifty_steps_repeat_to_the_bit_on_every_replica_and_stay_near_those_of_one_rank(dense):
+    alone, _ = run_on_ranks(1, fifty_steps, dense)[0]
+    first, second = (run_on_ranks(2, fifty_steps, dense) for _ in range(2))
+    assert first[0][0] == pytest.approx(alone, rel=1e-2)  # float32 sums in another order, magnified by bfloat16
+    for losses, parameters in [*first, *second]:
+        assert losses == first[0][0]
+        for name in parameters:
+            assert torch.equal(parameters[name], first[0][1][name]), name
 
 
 def test_the_in_batch_loss_trains_on_any_number_of_ranks():

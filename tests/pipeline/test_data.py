@@ -1,5 +1,6 @@
 """The stage: skips what is done, never leaves half a data set, and explains what it refuses."""
 
+import gzip
 import json
 import logging
 import subprocess
@@ -10,8 +11,9 @@ import pytest
 import yaml
 
 import pipeline.data
+from muonrec.data.events import CsvSource, read_csv
 from muonrec.data.shards import MANIFEST, load_sequences, read_manifest
-from pipeline.data import DataConfig, build_dataset, load_data_config, main
+from pipeline.data import DataConfig, build_dataset, check_same_data, load_data_config, main
 
 SYNTHETIC = {"format": "synthetic", "num_users": 60, "num_items": 40, "num_clusters": 4, "events_per_user": 8}
 
@@ -178,8 +180,8 @@ def test_the_command_ends_with_counts_and_a_rate(tmp_path: Path, heard: pytest.L
 @pytest.mark.parametrize(
     ("data", "overrides", "message"),
     [
-        ({"k_cor": 5}, [], "k_cor: is not a known setting (found 5)"),
-        ({"source": {"format": "sequences"}}, [], "source.sequences.path: is required"),
+        ({"k_cor": 5}, [], "data.k_cor: is not a known setting (found 5); did you mean k_core?"),
+        ({"source": {"format": "sequences"}}, [], "data.source.path: is required"),
         ({"source": {"format": "excel"}}, [], "source: Input tag 'excel'"),
         (
             {"source": {"format": "sequences", "path": "nothing.txt"}},
@@ -191,6 +193,7 @@ def test_the_command_ends_with_counts_and_a_rate(tmp_path: Path, heard: pytest.L
         ({"ties": "item_id"}, [], "ties: Input should be 'shuffle' or 'file_order'"),
         ({}, ["data.k_core=1000"], "k_core=1000 leaves no event"),
         ({}, ["data.num_shards"], "override 'data.num_shards' is not of the form key=value"),
+        ({}, ["data.source={format: csv"], "is not valid YAML after '='"),
         ({}, ["data=null"], "has no section 'data' (found data, model); add one with source and output"),
     ],
 )
@@ -205,3 +208,40 @@ def test_the_command_explains_what_it_refuses(
 def test_a_split_by_name_and_one_with_settings_are_the_same_choice(tmp_path: Path) -> None:
     by_name = load_data_config(yaml_file(tmp_path, split="global_time"))
     assert by_name == load_data_config(yaml_file(tmp_path, split={"name": "global_time", "valid": 0.1}))
+
+
+def test_settings_of_other_stages_are_said_to_be_without_effect(
+    tmp_path: Path, heard: pytest.LogCaptureFixture
+) -> None:
+    assert main([yaml_file(tmp_path), "k_core=4"]) == 0
+    assert "k_core=4 is nothing to this stage, whose settings begin with data." in heard.text
+
+
+def test_a_log_without_targets_is_pointed_out(tmp_path: Path, heard: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "log.csv").write_text("user_id,item_id,timestamp_s\na,x,1\na,y,2\n")
+    build_dataset(config(tmp_path, source={"format": "csv", "path": str(tmp_path / "log.csv")}))
+    assert "nothing can be validated or tested on this data" in heard.text
+
+
+def test_data_of_other_settings_is_told_apart(tmp_path: Path) -> None:
+    manifest = build_dataset(config(tmp_path))
+    check_same_data(config(tmp_path, memory_limit="1GiB"), manifest)
+    with pytest.raises(ValueError, match=r"source\.num_users \(asked 61, found 60\); run python -m pipeline"):
+        check_same_data(config(tmp_path, source={**SYNTHETIC, "num_users": 61}), manifest)
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_reading_files_knows_how_far_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str) -> None:
+    rows = [f"u{row % 50},i{row % 97},{row}" for row in range(200_000)]
+    opener = gzip.open if suffix else open
+    with opener(tmp_path / f"log.csv{suffix}", "wt") as stream:
+        stream.write("\n".join(["user_id,item_id,timestamp_s", *rows]) + "\n")
+    monkeypatch.setattr("muonrec.data.events._BLOCK_BYTES", 2**15)
+    source = {"format": "csv", "path": str(tmp_path / f"log.csv{suffix}")}
+    shares: list[float] = []
+    batches = read_csv(CsvSource.model_validate(source), on_share=shares.append)
+    assert sum(len(batch) for batch in batches) == 200_000
+    assert len(shares) > 5 and shares == sorted(shares)
+    assert 0 < shares[0] <= 1 and shares[-1] == 1
+    if not suffix:
+        assert shares[0] < 0.9, "the reader is only a few blocks ahead"

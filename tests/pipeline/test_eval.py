@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -62,7 +63,8 @@ def run(dataset, tmp_path, monkeypatch) -> Path:
 def made_up_runs_on(dataset: Path):
     def load_run(folder, which, ranks):
         sequences = load_sequences(dataset)
-        run_config = SimpleNamespace(model=SimpleNamespace(max_length=10), data=SimpleNamespace(output=dataset))
+        data = load_data_config(dataset.parent / "config.yaml")
+        run_config = SimpleNamespace(model=SimpleNamespace(max_length=10), data=data)
         return MadeUpEncoder(sequences, seed=len(Path(folder).name)), run_config, sequences, 1200
 
     return load_run
@@ -194,3 +196,34 @@ def test_lengths_come_in_order_and_once(tmp_path):
     config = stage.load_eval_config(tmp_path, ["k=[20,5,5]"])
     assert config.k == [5, 20]
     assert config.main_metric == "ndcg@5"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("k=[5,81]", "k=81 was asked but there are 80 items; lower k"),
+        ("compare=[nowhere]", "compare=nowhere is not a run"),
+        ("recommend={folder}", "is a folder; pass the path of a file"),
+        ("recommend={folder}/resolved.yaml/top.parquet", "cannot be written"),
+        ("k=[5", "override 'k=[5' is not valid YAML after '='"),
+        ("prt=test", "prt: is not a known setting (found 'test'); did you mean part?"),
+    ],
+)
+def test_eval_refuses_before_the_work(run, monkeypatch, override, message):
+    monkeypatch.setattr(stage, "rank_targets", lambda *_, **__: pytest.fail("it began to work"))
+    with pytest.raises(ValueError, match=re.escape(message)):
+        evaluate(run, override.format(folder=run))
+    assert sorted(path.name for path in run.iterdir()) == ["resolved.yaml"]
+
+
+def test_eval_refuses_data_that_was_built_anew_with_other_settings(run, dataset, monkeypatch):
+    load_run = stage.load_run
+
+    def of_another_config(*arguments):
+        encoder, run_config, sequences, step = load_run(*arguments)
+        run_config.data = run_config.data.model_copy(update={"k_core": 3, "memory_limit": "1GiB"})
+        return encoder, run_config, sequences, step
+
+    monkeypatch.setattr(stage, "load_run", of_another_config)
+    with pytest.raises(ValueError, match=re.escape("built with other settings: data.k_core (asked 3, found 0); run")):
+        evaluate(run)

@@ -3,7 +3,7 @@
 import json
 import os
 import random
-import signal
+import shutil
 import subprocess
 import sys
 import time
@@ -15,9 +15,10 @@ import yaml
 
 from muonrec.config import load_config
 from muonrec.data.synthetic import SyntheticSource
+from muonrec.embeddings.fused import fused_tables
 from muonrec.mesh import Ranks
 from pipeline.data import DataConfig, build_dataset
-from pipeline.train import Run, TrainConfig, load_run, train
+from pipeline.train import Clock, Run, TrainConfig, load_run, train
 from tests.distributed.ranks import run_on_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -81,9 +82,9 @@ def torchrun(path, *overrides):
     )
 
 
-def kill_group(process):
-    """SIGKILL for torchrun and its ranks at once; ranks are sessions' leaders under some launchers, so by group."""
-    os.killpg(process.pid, signal.SIGKILL)
+def kill(process):
+    """SIGKILL for torchrun; its ranks lead sessions of their own, and die with it since `join_ranks` says so."""
+    process.kill()
     process.wait(timeout=30)
 
 
@@ -101,9 +102,10 @@ def test_killed_at_a_random_step_and_started_again_the_losses_are_those_of_the_u
         if metrics.is_file() and len(losses_so_far(metrics)) >= kill_at:
             break
         time.sleep(0.005)
-    kill_group(process)
+    kill(process)
+    output = process.stdout.read()  # ends when the last rank has
     written = len(losses_so_far(metrics))
-    assert written >= kill_at, process.stdout.read()
+    assert written >= kill_at, output
 
     run_on_ranks(2, train_from, path, timeout_s=120)
     assert losses(tmp_path / "run") == expected, f"killed after step {written}"
@@ -114,8 +116,7 @@ def losses_so_far(metrics):
     return [line for line in metrics.read_text().splitlines() if '"loss_nats"' in line]
 
 
-def two_legs(path):
-    """Ten of thirty steps, as if the process had ended there, then all of them."""
+def resumed_at(path):
     config = load_config(TrainConfig, path)
     run = Run.start(config, this_rank())
     return run.resume(config.output / "checkpoints")[0]
@@ -127,11 +128,21 @@ def test_a_finished_run_is_not_trained_again_and_other_ranks_can_load_it(dataset
     before = losses(tmp_path / "run")
     run_on_ranks(2, train_from, path)
     assert losses(tmp_path / "run") == before
-    assert run_on_ranks(2, two_legs, path) == [12, 12]
+    assert run_on_ranks(2, resumed_at, path) == [12, 12]
     for which in ("best", "last"):
         vectors = run_on_ranks(1, item_vectors, tmp_path / "run", which)[0]
         for got in run_on_ranks(2, item_vectors, tmp_path / "run", which):
             assert torch.equal(got, vectors)
+
+
+def test_a_data_set_that_was_rebuilt_from_another_source_is_noticed(dataset, tmp_path):
+    path = config_file(dataset, tmp_path, num_steps=4)
+    run_on_ranks(1, train_from, path)
+    saved = next((tmp_path / "run" / "checkpoints").glob("step-*"))
+    assert load_config(TrainConfig, saved / "resolved.yaml") == load_config(TrainConfig, path)
+    progress = json.loads((saved / "progress.json").read_text())
+    (saved / "progress.json").write_text(json.dumps({**progress, "data": "of another log"}))
+    assert "was trained on other data" in run_on_ranks(1, refusal, path)[0]
 
 
 def item_vectors(run, which):
@@ -180,7 +191,83 @@ def test_early_stopping_ends_the_run_and_keeps_the_best(dataset, tmp_path):
         validation={"every_steps": 2, "max_users": 50, "patience": 3},
     )
     run_on_ranks(1, train_from, path)
-    assert losses(tmp_path / "run")[-1][0] < 400
+    stopped_at = losses(tmp_path / "run")[-1][0]
+    assert stopped_at < 400
+    run_on_ranks(1, train_from, path)
+    assert losses(tmp_path / "run")[-1][0] == stopped_at
+
+
+class Cut(BaseException):
+    """Stands for SIGKILL: nothing after it is done."""
+
+
+def cut_after(path, num_writes):
+    """Train until the ``num_writes``-th file of the run is about to be written or moved into place."""
+    left, write_text, rename = [num_writes], Path.write_text, Path.rename
+
+    def counted(function):
+        def call(self, *arguments, **settings):
+            left[0] -= 1
+            if left[0] < 0:
+                raise Cut
+            return function(self, *arguments, **settings)
+
+        return call
+
+    Path.write_text, Path.rename = counted(write_text), counted(rename)
+    try:
+        train_from(path)
+    except (Cut, OSError):  # within DCP it arrives as the failure of the save
+        return True
+    finally:
+        Path.write_text, Path.rename = write_text, rename
+    return False
+
+
+@pytest.mark.timeout(240)
+def test_cut_before_any_file_is_written_the_run_goes_on_as_if_nothing_had_happened(dataset, tmp_path):
+    path = config_file(dataset, tmp_path, num_steps=4, checkpoints={"every_steps": 3}, validation={"every_steps": 2})
+    run_on_ranks(1, train_from, path)
+    expected = [losses(tmp_path / "run"), validations(tmp_path / "run"), checkpoints(tmp_path / "run")]
+    shutil.rmtree(tmp_path / "run")
+    num_writes, is_cut = 0, True
+    while is_cut:
+        is_cut = run_on_ranks(1, cut_after, path, num_writes)[0]  # each goes on where the one before was cut
+        num_writes += 1
+    assert num_writes > 10
+    assert [losses(tmp_path / "run"), validations(tmp_path / "run"), checkpoints(tmp_path / "run")] == expected
+
+
+def checkpoints(run):
+    return sorted(path.name for path in (run / "checkpoints").iterdir())
+
+
+def rates_of(path):
+    run = Run.start(load_config(TrainConfig, path), this_rank())
+    return run.set_rates(0), [table.lr for table in fused_tables(run.model)]
+
+
+def test_every_rank_logs_the_rate_of_the_table_that_another_one_holds(dataset, tmp_path):
+    schedule = {"name": "constant", "warmup_fraction": 0.1}
+    path = config_file(dataset, tmp_path, tables={"item": {"lr": 0.1, "sharding": "table_wise"}}, schedule=schedule)
+    for rates, table_lrs in run_on_ranks(2, rates_of, path):
+        assert rates == pytest.approx({"lr_tables": 0.1 / 3, "lr_muon": 3e-3 / 3, "lr_adamw": 1e-3 / 3})
+        assert table_lrs == pytest.approx([0.1])  # the rate reaches FBGEMM with the step
+
+
+def test_the_clock_stands_while_it_is_paused():
+    clock = Clock(already_s=5.0)
+    with clock.paused():
+        before = clock.seconds
+        time.sleep(0.02)
+        assert clock.seconds == before
+    assert 5.0 <= clock.seconds < before + 0.02
+
+
+def test_a_seed_of_any_size_is_taken(dataset, tmp_path):
+    path = config_file(dataset, tmp_path, num_steps=1, seed=2**40)
+    run_on_ranks(1, train_from, path)
+    assert len(losses(tmp_path / "run")) == 1
 
 
 def test_a_config_that_differs_from_the_run_in_its_folder_is_refused(dataset, tmp_path):
