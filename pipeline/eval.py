@@ -9,6 +9,7 @@ import json
 import logging
 import platform
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -181,8 +182,9 @@ def check_outputs(config: EvalConfig) -> None:
         raise ValueError(f"recommend={config.recommend} is a folder; pass the path of a file, such as top10.parquet")
     try:
         config.recommend.parent.mkdir(parents=True, exist_ok=True)
-        with written_whole(config.recommend.parent / f"{config.recommend.name}.try") as partial:
-            partial.touch()
+        # A name of its own for each rank, which all try at once, and nothing left behind.
+        with tempfile.TemporaryFile(dir=config.recommend.parent):
+            pass
     except OSError as error:
         raise ValueError(f"recommend={config.recommend} cannot be written: {error}; pass another path") from None
 

@@ -125,25 +125,25 @@ def test_batches_and_chunks_change_no_number(run):
         assert numbers[0][key] == numbers[1][key], key
 
 
-def evaluate_here(run: Path, dataset: Path) -> dict | None:
+def evaluate_here(run: Path, dataset: Path, recommend: Path) -> dict | None:
     ranks = Ranks(dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
     load_run, stage.load_run = stage.load_run, made_up_runs_on(dataset)
     try:
-        return stage.evaluate(
-            stage.load_eval_config(run, ["num_resamples=50", "mask_seen=true", "batch_size=64"]), ranks
-        )
+        overrides = ["num_resamples=50", "mask_seen=true", "batch_size=64", f"recommend={recommend}"]
+        return stage.evaluate(stage.load_eval_config(run, overrides), ranks)
     finally:
         stage.load_run = load_run
 
 
-def test_two_ranks_give_the_numbers_and_the_file_of_one(run, dataset):
-    alone = evaluate(run, "mask_seen=true")
+def test_two_ranks_give_the_numbers_and_the_files_of_one(run, dataset, tmp_path):
+    alone = evaluate(run, "mask_seen=true", f"recommend={tmp_path / 'one.parquet'}")
     file_of_one = (run / "ranks.parquet").read_bytes()
-    first, second = run_on_ranks(2, evaluate_here, run, dataset)
+    first, second = run_on_ranks(2, evaluate_here, run, dataset, tmp_path / "two.parquet")
     assert second is None and first["num_ranks"] == 2
     for key in ("metrics", "popularity", "coverage", "breakdowns"):
         assert first[key] == alone[key], key
     assert (run / "ranks.parquet").read_bytes() == file_of_one
+    assert (tmp_path / "two.parquet").read_bytes() == (tmp_path / "one.parquet").read_bytes()
 
 
 def test_validation_items_are_other_items_with_shorter_histories(run):
