@@ -30,6 +30,8 @@ class SequenceBatch(Pipelineable):
         groups: on the host, for users in order of falling history: ``(users, events, longest history)`` of each group
             of like length, so that attention pads little and asks the device nothing.
         step: the global batch this is a share of, counted from the start of training; for messages.
+        num_step_targets: targets of this rank in the whole global batch, where this is one of its micro-batches; None
+            where it is all of it.
     """
 
     features: KeyedJaggedTensor
@@ -38,6 +40,7 @@ class SequenceBatch(Pipelineable):
     user_ids: torch.Tensor
     groups: list[tuple[int, int, int]]
     step: int = 0
+    num_step_targets: int | None = None
 
     def to(self, device: torch.device, non_blocking: bool = False) -> SequenceBatch:
         return self._map(lambda part: part.to(device=device, non_blocking=non_blocking))

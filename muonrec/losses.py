@@ -21,7 +21,8 @@ class NextItemLoss(nn.Module):
     """Mean loss in nats over the targets of the *global* batch, so that any number of ranks follows one gradient.
 
     The value returned is this rank's sum times ``num_ranks / targets of all ranks``: the mean over ranks that DDP,
-    FSDP2 and TorchRec's tables take of the gradients is then the gradient of the global mean.
+    FSDP2 and TorchRec's tables take of the gradients is then the gradient of the global mean. Of a micro-batch it is
+    its part of that mean (`SequenceBatch.num_step_targets`): the parts of a step add up, and so do their gradients.
 
     Args:
         kind: ``full_softmax``: cross-entropy over all items. ``sampled_softmax``: over the target and shared negatives,
@@ -41,7 +42,7 @@ class NextItemLoss(nn.Module):
     def forward(
         self, hidden_TD: torch.Tensor, targets_TD: torch.Tensor, candidates_CD: torch.Tensor, batch: SequenceBatch
     ) -> tuple[torch.Tensor, dict[str, float]]:
-        """The loss to differentiate, and ``{"loss_nats", "num_targets"}`` of the global batch. Every rank must call it.
+        """The loss to differentiate, and ``{"loss_nats", "num_targets"}`` of all ranks. Every rank must call it.
 
         Args:
             hidden_TD: hidden states, one per target.
@@ -68,7 +69,7 @@ class NextItemLoss(nn.Module):
 
 def full_softmax(hidden_TD: torch.Tensor, items_CD: torch.Tensor, labels_T: torch.Tensor) -> torch.Tensor:
     """Cross-entropy in nats ``[T]`` of the label among all items."""
-    return F.cross_entropy(hidden_TD @ items_CD.T, labels_T, reduction="none")
+    return F.cross_entropy(_wide(hidden_TD @ items_CD.T), labels_T, reduction="none")
 
 
 def sampled_softmax(
@@ -89,8 +90,8 @@ def sampled_softmax(
         candidate_ids_C: ids of the candidates; one equal to the target is left out.
         log_q: log sampling probability of targets, then candidates, ``[T + C]``; empty when uniform.
     """
-    target_T = (hidden_TD * targets_TD).sum(-1)
-    candidate_TC = hidden_TD @ candidates_CD.T
+    target_T = _wide((hidden_TD * targets_TD).sum(-1))
+    candidate_TC = _wide(hidden_TD @ candidates_CD.T)
     if log_q.numel():
         log_q_T, log_q_C = log_q.split([target_T.numel(), candidate_ids_C.numel()])
         target_T = target_T - log_q_T
@@ -108,31 +109,38 @@ def binary_cross_entropy(
 ) -> torch.Tensor:
     """Binary cross-entropy in nats ``[T]``: the target as 1, each of its M negatives (``C = T * M``) as 0."""
     num_targets, width = targets_TD.shape
-    target_T = (hidden_TD * targets_TD).sum(-1)
+    target_T = _wide((hidden_TD * targets_TD).sum(-1))
     negatives_TMD = negatives_CD.reshape(num_targets, -1, width) if num_targets else negatives_CD.reshape(0, 0, width)
-    negative_TM = torch.einsum("td,tmd->tm", hidden_TD, negatives_TMD)
+    negative_TM = _wide(torch.einsum("td,tmd->tm", hidden_TD, negatives_TMD))
     is_negative_TM = negative_ids_C.reshape(negative_TM.shape) != labels_T[:, None]
     return F.softplus(-target_T) + (F.softplus(negative_TM) * is_negative_TM).sum(1)
+
+
+def _wide(logits: torch.Tensor) -> torch.Tensor:
+    """At least float32: autocast on a CPU would take the exponentials in bfloat16."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def _global_mean(nats_T: torch.Tensor, batch: SequenceBatch) -> tuple[torch.Tensor, dict[str, float]]:
     local_sum = nats_T.sum()
     first_user = batch.user_ids[:1].double().sum()
-    mine = torch.stack([local_sum.detach().double(), first_user.new_tensor(nats_T.numel()), first_user])[None]
+    num_targets = nats_T.numel()
+    step_targets = num_targets if batch.num_step_targets is None else batch.num_step_targets
+    mine = torch.stack([local_sum.detach().double(), *first_user.new_tensor([num_targets, step_targets]), first_user])
     num_ranks = dist.get_world_size() if dist.is_initialized() else 1
-    everyone = mine
+    everyone = mine[None]
     if num_ranks > 1:
-        everyone = mine.new_empty(num_ranks, 3)
-        dist.all_gather_into_tensor(everyone, mine)
+        everyone = mine.new_empty(num_ranks, 4)
+        dist.all_gather_into_tensor(everyone, mine[None])
     # After backward the fused tables have already swallowed a bad gradient, so this is the last place to stop.
     shares = everyone.tolist()
-    for rank, (loss, num_targets, user) in enumerate(shares):
+    for rank, (loss, num_targets, _, user) in enumerate(shares):
         if loss != loss or abs(loss) == float("inf"):
             raise FloatingPointError(
                 f"the loss of step {batch.step} is {loss} on rank {rank}, whose share of the batch has "
-                f"{int(num_targets)} targets and starts with user {int(user)}; nothing was updated by this step. Lower "
+                f"{int(num_targets)} targets and starts with user {int(user)}; it updated nothing. Lower "
                 "the learning rates, or look at that batch; the last checkpoint is intact"
             )
-    total = sum(num_targets for _, num_targets, _ in shares)
-    mean = sum(loss for loss, _, _ in shares) / max(total, 1.0)
-    return local_sum * (num_ranks / max(total, 1.0)), {"loss_nats": mean, "num_targets": total}
+    losses, counts, step_counts, _ = (sum(column) for column in zip(*shares))
+    total = max(step_counts, 1.0)
+    return local_sum * (num_ranks / total), {"loss_nats": losses / total, "num_targets": counts}

@@ -25,12 +25,15 @@ import pyarrow as pa
 import pydantic
 
 from muonrec.config import Config, describe, parse_config, read_yaml
-from muonrec.data.events import READERS, CsvSource, ParquetSource, RecboleSource, SequencesSource, source_files
-from muonrec.data.sequences import EventStore, LeaveOneOut, Split
+from muonrec.data.download import fetch
+from muonrec.data.events import READERS, AmazonSource, FileSource, MovielensSource, source_files
+from muonrec.data.rejected import RejectedRows
+from muonrec.data.sequences import EventStore, LeaveOneOut, RatioSplit, Split, Ties
 from muonrec.data.shards import (
     ITEMS,
     SCHEMA_VERSION,
     USERS,
+    Ancestor,
     BestPossible,
     Manifest,
     describe_file,
@@ -48,10 +51,7 @@ from muonrec.runlog import Progress, configure_logging, run_stage
 
 logger = logging.getLogger("pipeline.data")
 
-Source: TypeAlias = Annotated[
-    SequencesSource | RecboleSource | CsvSource | ParquetSource | SyntheticSource,
-    pydantic.Field(discriminator="format"),
-]
+Source: TypeAlias = Annotated[FileSource | SyntheticSource, pydantic.Field(discriminator="format")]
 
 
 class DataConfig(Config):
@@ -60,9 +60,14 @@ class DataConfig(Config):
     Attributes:
         source: where the events come from, by ``format``.
         output: folder of the data set.
+        extends: folder of an earlier data set, whose users and items keep their rows so that a model of it goes on
+            with this one; new ones are appended. The source is the log to train on now, with or without the old events.
+        max_rejected_share: rows that may be no events; all are listed beside the output. One in a thousand is less
+            than the seed moves a metric, and a wrong column, unit or delimiter spoils nearly every row.
+        repeats: ``keep`` what a user meets again, or ``drop_later``: its first event with each item stays.
         k_core: users and items keep at least so many events; 0 and 1 keep all.
-        split: ``leave_one_out`` or ``{name: global_time, ...}``.
-        ties: order of a user's events of one second: ``shuffle`` (seeded) or ``file_order``.
+        split: ``leave_one_out``, ``{name: global_time, ...}`` or ``{name: ratio, ...}``.
+        ties: order of a user's events of one second: ``shuffle`` (seeded), ``file_order``, or ``drop`` them all.
         seed: of the shuffle of ties.
         num_shards: files that the users are dealt to.
         memory_limit: of the database; does not change the result.
@@ -70,9 +75,12 @@ class DataConfig(Config):
 
     source: Source
     output: Path
+    extends: Path | None = None
+    max_rejected_share: float = pydantic.Field(default=0.001, ge=0, le=1)
+    repeats: Literal["keep", "drop_later"] = "keep"
     k_core: int = pydantic.Field(default=0, ge=0)
     split: Split = LeaveOneOut()
-    ties: Literal["shuffle", "file_order"] = "shuffle"
+    ties: Ties = "shuffle"
     seed: int = 0
     num_shards: int = pydantic.Field(default=16, ge=1, le=99_999)
     memory_limit: Annotated[str, pydantic.Field(pattern=r"^\d+(\.\d+)? ?[KMGT]i?B$")] = "4GiB"
@@ -124,11 +132,15 @@ def build_dataset(config: DataConfig) -> Manifest:
     """Build the data set of ``config``, or return its manifest where it is there already.
 
     Raises:
-        ValueError: the source, the settings or the output folder do not allow it; nothing was changed then.
+        ValueError: the source, the settings or the output folder do not allow it; the output is as it was then.
+        OSError: the source was to be downloaded, and cannot be.
     """
-    source = describe_source(config)
-    fingerprint = fingerprint_of(config, source)
     put_right(config.output)
+    ancestor = _ancestor(config)
+    if isinstance(config.source, AmazonSource | MovielensSource) and config.source.download is not None:
+        fetch(config.source.format, config.source.download, Path(config.source.path))
+    source = describe_source(config)
+    fingerprint = fingerprint_of(config, source, ancestor)
     if (manifest := _up_to_date(config.output, fingerprint)) is not None:
         logger.info("%s is up to date (fingerprint %s...): skipped", config.output, fingerprint[:12])
         return manifest
@@ -138,20 +150,33 @@ def build_dataset(config: DataConfig) -> Manifest:
     with replaced_folder(config.output) as folder:
         work = folder / "work"
         work.mkdir()
-        with EventStore(work, memory_limit=config.memory_limit) as store:
+        with (
+            RejectedRows(_rejected_path(config.output)) as rejected,
+            EventStore(work, memory_limit=config.memory_limit) as store,
+        ):
             with phases.phase("read", total=getattr(config.source, "num_events_expected", None)) as progress:
-                num_source_events = store.load(_open_source(config, progress), on_events=progress.advance)
+                reader = _open_source(config, progress, rejected)
+                num_source_events = store.load(reader, on_events=progress.advance)
+            rejected.check(num_source_events, max_share=config.max_rejected_share)
             with phases.phase("order", num_events=num_source_events):
                 num_duplicates = store.drop_duplicates()
+                num_repeats = store.drop_repeats() if config.repeats == "drop_later" else 0
+                num_ties = store.drop_ties() if config.ties == "drop" else 0
                 core_rounds = store.keep_core(config.k_core)
-                _, num_items = store.build_vocabularies()
+                num_users, num_items = store.build_vocabularies(config.extends)
                 time_range_s = store.time_range_s()
-                split = store.split(config.split)
+                split = store.split(config.split, ties=config.ties, seed=config.seed)
             num_events = core_rounds[-1]["num_events"]
             with phases.phase("write", total=num_events) as progress:
                 events = store.ordered(ties=config.ties, seed=config.seed, num_shards=config.num_shards)
+                all_targets = isinstance(config.split, RatioSplit)
                 statistics = write_shards(
-                    events, folder, num_shards=config.num_shards, num_items=num_items, on_events=progress.advance
+                    events,
+                    folder,
+                    num_shards=config.num_shards,
+                    num_items=num_items,
+                    all_targets=all_targets,
+                    on_events=progress.advance,
                 )
                 _write_vocabularies(store, folder, statistics.item_train_counts)
             num_tied = store.num_tied_events()
@@ -162,14 +187,20 @@ def build_dataset(config: DataConfig) -> Manifest:
         manifest = Manifest(
             schema_version=SCHEMA_VERSION,
             fingerprint=fingerprint,
-            num_users=statistics.num_users,
+            num_users=num_users,
             num_items=num_items,
             num_events=num_events,
             num_events_per_part=statistics.num_events,
+            all_targets=all_targets,
             num_users_with_target=statistics.num_users_with_target,
+            num_targets=statistics.num_targets,
+            num_tied_targets=statistics.num_tied_targets,
             num_items_unseen_in_training=int((statistics.item_train_counts == 0).sum()),
             num_source_events=num_source_events,
+            num_rejected_by_kind=dict(rejected.num_by_kind),
             num_duplicates_dropped=num_duplicates,
+            num_repeats_dropped=num_repeats,
+            num_ties_dropped=num_ties,
             core_rounds=core_rounds,
             history_length_quantiles=statistics.length_quantiles(),
             time_range_s=time_range_s,
@@ -179,6 +210,7 @@ def build_dataset(config: DataConfig) -> Manifest:
             files={name: describe_file(folder / name) for name in names},
             config=config.model_dump(mode="json"),
             source=source,
+            ancestor=ancestor,
             best_possible=_best_possible(config, complete=num_events == num_source_events),
             rates={**phases.rates, "total_events_per_s": round(num_source_events / seconds, 1)},
         )
@@ -199,15 +231,40 @@ def describe_source(config: DataConfig) -> dict[str, Any]:
     return {"format": config.source.format, "files": files}
 
 
-def fingerprint_of(config: DataConfig, source: dict[str, Any]) -> str:
-    """Sha256 over what decides the shards: schema version, settings and contents; paths and memory do not count."""
-    settings = config.model_dump(mode="json", exclude={"output": True, "memory_limit": True, "source": {"path"}})
+def fingerprint_of(config: DataConfig, source: dict[str, Any], ancestor: Ancestor | None = None) -> str:
+    """Sha256 over what decides the shards: schema version, settings, contents and ancestor; where they lie does not."""
+    settings = _deciding(config.model_dump(mode="json"))
     contents = [file["sha256"] for file in source.get("files", [])]
-    text = json.dumps([SCHEMA_VERSION, settings, contents], sort_keys=True)
+    known = None if ancestor is None else ancestor.fingerprint
+    text = json.dumps([SCHEMA_VERSION, settings, contents, known], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _open_source(config: DataConfig, progress: Progress) -> pa.RecordBatchReader:
+def _deciding(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a data stage without those under which the data would be the same."""
+    settings = {**settings, "source": {**settings["source"]}, "extends": settings.get("extends") is not None}
+    for name in ("output", "memory_limit", "max_rejected_share"):
+        settings.pop(name, None)
+    for name in ("path", "download"):
+        settings["source"].pop(name, None)
+    return settings
+
+
+def _ancestor(config: DataConfig) -> Ancestor | None:
+    if config.extends is None:
+        return None
+    if config.extends.resolve() == config.output.resolve():
+        raise ValueError(f"data.extends {config.extends} is the output itself; pass another folder as data.output")
+    manifest = verify_dataset(config.extends)
+    return Ancestor(**manifest.model_dump(include={"fingerprint", "num_users", "num_items"}))
+
+
+def _rejected_path(output: Path) -> Path:
+    # Beside the data set and not in it: a run that is stopped leaves the one before, and still must show its rows.
+    return output.with_name(f"{output.name}.rejected.parquet")
+
+
+def _open_source(config: DataConfig, progress: Progress, rejected: RejectedRows) -> pa.RecordBatchReader:
     """The source's events; files know their bytes, from which the number of events that are to come is estimated."""
     if isinstance(config.source, SyntheticSource):
         return read_synthetic(config.source)
@@ -216,7 +273,7 @@ def _open_source(config: DataConfig, progress: Progress) -> pa.RecordBatchReader
         if share:
             progress.expect(progress.done / share)
 
-    return READERS[config.source.format](config.source, on_share=on_share)
+    return READERS[config.source.format](config.source, on_rejected=rejected, on_share=on_share)
 
 
 def _up_to_date(output: Path, fingerprint: str) -> Manifest | None:
@@ -257,20 +314,40 @@ def _best_possible(config: DataConfig, *, complete: bool) -> BestPossible | None
         logger.warning("best possible metrics are known for split leave_one_out only: the manifest says null")
         return None
     if not complete:
-        logger.warning("distinct or k_core=%d dropped synthetic events: best possible metrics are null", config.k_core)
+        logger.warning(
+            "distinct, repeats, ties or k_core=%d dropped synthetic events: best possible metrics are null",
+            config.k_core,
+        )
         return None
     return best_possible(config.source)
 
 
 def _log_summary(output: Path, manifest: Manifest, seconds: float) -> None:
-    parts, targets = manifest.num_events_per_part, manifest.num_users_with_target
+    parts, targets = manifest.num_events_per_part, manifest.num_targets
     logger.info(
         "%s: %d users, %d items, %d events (of %d read, %d duplicates)",
         output, manifest.num_users, manifest.num_items, manifest.num_events,
         manifest.num_source_events, manifest.num_duplicates_dropped,
     )  # fmt: skip
+    if manifest.num_rejected_by_kind:
+        logger.warning(
+            "%d rows were no events (%s): listed in %s", sum(manifest.num_rejected_by_kind.values()),
+            ", ".join(f"{count} {kind}" for kind, count in sorted(manifest.num_rejected_by_kind.items())),
+            _rejected_path(output),
+        )  # fmt: skip
+    if manifest.num_repeats_dropped or manifest.num_ties_dropped:
+        logger.info(
+            "left out %d repeats and %d events of unknown order",
+            manifest.num_repeats_dropped, manifest.num_ties_dropped,
+        )  # fmt: skip
+    if (ancestor := manifest.ancestor) is not None:
+        logger.info(
+            "extends %s...: its %d users and %d items keep their rows, %d users and %d items are new",
+            ancestor.fingerprint[:12], ancestor.num_users, ancestor.num_items,
+            manifest.num_users - ancestor.num_users, manifest.num_items - ancestor.num_items,
+        )  # fmt: skip
     logger.info(
-        "split %s: %d train, %d valid, %d test events; targets of %d valid, %d test users; %d items unseen in training",
+        "split %s: %d train, %d valid, %d test events; %d valid, %d test targets; %d items unseen in training",
         manifest.split["name"], parts.train, parts.valid, parts.test, targets.valid, targets.test,
         manifest.num_items_unseen_in_training,
     )  # fmt: skip
@@ -282,6 +359,13 @@ def _log_summary(output: Path, manifest: Manifest, seconds: float) -> None:
         logger.info(
             "%.1f %% of the events share user and second with another: ordered by ties=%s",
             100 * manifest.tied_event_share, manifest.config["ties"],
+        )  # fmt: skip
+    tied = manifest.num_tied_targets
+    if tied.valid or tied.test:
+        logger.warning(
+            "%d of %d valid and %d of %d test targets share user and second with another event: which event is the "
+            "target, and what its history ends with, was decided by ties=%s",
+            tied.valid, targets.valid, tied.test, targets.test, manifest.config["ties"],
         )  # fmt: skip
     if (best := manifest.best_possible) is not None:
         logger.info(
@@ -297,11 +381,7 @@ def check_same_data(config: DataConfig, manifest: Manifest) -> None:
     Raises:
         ValueError: names the settings that differ.
     """
-    trees = (config.model_dump(mode="json"), manifest.config)
-    asked, found = ({**tree, "source": {**tree["source"]}} for tree in trees)
-    for tree in (asked, found):  # these may differ: the data is the same
-        for section, name in ((tree, "output"), (tree, "memory_limit"), (tree["source"], "path")):
-            section.pop(name, None)
+    asked, found = _deciding(config.model_dump(mode="json")), _deciding(manifest.config)
     pairs = [("data.", asked, found), ("data.source.", asked.pop("source"), found.pop("source"))]
     differing = [
         f"{prefix}{name} (asked {ours.get(name)!r}, found {theirs.get(name)!r})"
@@ -317,10 +397,10 @@ def check_same_data(config: DataConfig, manifest: Manifest) -> None:
 
 
 def _describe_sources() -> Iterator[str]:
-    for kind in (SequencesSource, RecboleSource, CsvSource, ParquetSource, SyntheticSource):
-        (name,) = get_args(kind.model_fields["format"].annotation)
+    for kind in (*get_args(FileSource), SyntheticSource):
+        names = ", ".join(get_args(kind.model_fields["format"].annotation))
         settings = ", ".join(setting for setting in kind.model_fields if setting != "format")
-        yield from textwrap.wrap(f"{name}: {settings}", 100, subsequent_indent="    ")
+        yield from textwrap.wrap(f"{names}: {settings}", 100, subsequent_indent="    ")
 
 
 _PHASES = {"read": "reading events", "order": "distinct, k-core, vocabulary, split", "write": "writing shards"}

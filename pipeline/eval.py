@@ -26,7 +26,7 @@ from rich.table import Table
 
 import muonrec
 from muonrec.config import Config, describe, parse_config, parse_value
-from muonrec.data.loader import evaluation_batches, evaluation_users, seen_items
+from muonrec.data.loader import evaluation_batches, evaluation_targets, seen_items
 from muonrec.data.shards import ITEMS, USERS, Sequences
 from muonrec.mesh import Ranks, join_ranks
 from muonrec.metrics import bootstrap_interval, breakdown, coverage, groups_between, metrics_per_user
@@ -117,6 +117,9 @@ def evaluate(config: EvalConfig, ranks: Ranks) -> dict[str, Any] | None:
     check_lengths(config, sequences)
     logger.info("evaluating %s at step %d on the %s items, %d ranks", config.run, step, config.part, ranks.num_ranks)
 
+    if sequences.all_targets:
+        logger.warning("a user has several targets, which the intervals take for independent: they are too narrow")
+
     started = time.monotonic()
     ranked = rank_all(encoder, "model", config, run_config, sequences, ranks)
     seconds = time.monotonic() - started
@@ -132,7 +135,8 @@ def evaluate(config: EvalConfig, ranks: Ranks) -> dict[str, Any] | None:
         **protocol_of(config, sequences),
         "checkpoint": config.checkpoint,
         "checkpoint_step": step,
-        "num_users": len(ranked.user_ids),
+        "num_users": len(latest_of_each_user(ranked, config, sequences).user_ids),
+        "num_targets": len(ranked.user_ids),
         **summarize(ranked, config, sequences),
         "popularity": summarize(popularity, config, sequences),
         "best_possible": best_possible(config, sequences),
@@ -147,10 +151,11 @@ def evaluate(config: EvalConfig, ranks: Ranks) -> dict[str, Any] | None:
     write_json(config.run / METRICS, found)
     write_ranks(config.run / RANKS, Ranked(per_user_columns(ranked, config, sequences), protocol_of(config, sequences)))
     if config.recommend is not None:
-        write_recommendations(config.recommend, ranked, config.recommend_k, run_config.data.output)
+        latest = latest_of_each_user(ranked, config, sequences)
+        write_recommendations(config.recommend, latest, config.recommend_k, run_config.data.output)
     report = write_report(config.run, read_runs([*config.compare, config.run]), main_metric=config.main_metric)
     print_results(found, config)
-    logger.info("ranked %d users in %.1f s; report in %s", len(ranked.user_ids), seconds, report)
+    logger.info("ranked %d targets in %.1f s; report in %s", len(ranked.user_ids), seconds, report)
     return found
 
 
@@ -211,8 +216,8 @@ def rank_all(
         batch_size=config.batch_size,
         ranks=ranks,
     )
-    num_users = len(evaluation_users(sequences, config.part))
-    with Progress(f"ranking by {what}", "users", total=num_users, enabled=ranks.is_first) as progress:
+    num_targets = len(evaluation_targets(sequences, config.part))
+    with Progress(f"ranking by {what}", "users", total=num_targets, enabled=ranks.is_first) as progress:
         return rank_targets(
             encoder,
             batches,
@@ -220,7 +225,7 @@ def rank_all(
             k=max(*config.k, config.recommend_k if config.recommend is not None else 1),
             item_chunk=config.item_chunk,
             user_block=config.user_block,
-            mask_seen=(lambda user_ids: seen_items(sequences, user_ids, config.part)) if config.mask_seen else None,
+            mask_seen=(lambda target_ids: seen_items(sequences, target_ids, config.part)) if config.mask_seen else None,
             progress=progress.move_to,
         )
 
@@ -279,12 +284,9 @@ def best_possible(config: EvalConfig, sequences: Sequences) -> dict[str, Any] | 
 
 def per_user_columns(ranked: RankedTargets, config: EvalConfig, sequences: Sequences) -> dict[str, np.ndarray]:
     """The columns of ranks.parquet; histories count in full, not only what the encoder was given of them."""
-    rows = np.searchsorted(sequences.user_ids, ranked.user_ids)
-    history_lengths = sequences.num_train[rows].astype(np.int64)
-    if config.part == "test":
-        history_lengths += sequences.num_valid[rows]
+    rows, history_lengths = sequences.locate(ranked.user_ids, config.part)
     return {
-        "user_id": ranked.user_ids,
+        "user_id": rows,
         "target": ranked.targets,
         "num_greater": ranked.num_greater,
         "num_equal": ranked.num_equal,
@@ -322,6 +324,14 @@ def written_whole(path: Path) -> Iterator[Path]:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def latest_of_each_user(ranked: RankedTargets, config: EvalConfig, sequences: Sequences) -> RankedTargets:
+    """One row per user, of its last target: a split may give a user several."""
+    rows, _ = sequences.locate(ranked.user_ids, config.part)
+    is_last = np.append(np.diff(rows) != 0, True)
+    columns = {name: None if column is None else column[is_last] for name, column in vars(ranked).items()}
+    return RankedTargets(**{**columns, "user_ids": rows[is_last]})
 
 
 def write_recommendations(path: Path, ranked: RankedTargets, k: int, dataset: Path) -> None:

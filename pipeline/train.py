@@ -20,6 +20,7 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
 from muonrec import checkpoint
+from muonrec.batch import SequenceBatch
 from muonrec.config import Config, describe, load_config, name_only, to_yaml
 from muonrec.data.candidates import Candidates, CandidateSampler
 from muonrec.data.loader import TrainingBatches, evaluation_batches, seen_items
@@ -35,6 +36,7 @@ from muonrec.optim import Schedule, format_routing
 from muonrec.retrieval import rank_targets
 from muonrec.runlog import RunLog, configure_logging, run_stage
 from pipeline.data import DataConfig, check_same_data
+from pipeline.plan import parse_ranks, parse_rows, print_plan
 
 logger = logging.getLogger(__name__)
 
@@ -119,16 +121,27 @@ class ValidationConfig(Config):
 
 
 class CheckpointConfig(Config):
-    """When a checkpoint is written, and how many are kept beside the best one."""
+    """When a checkpoint is written, and how many are kept beside the best one; with two, one may be damaged."""
 
     every_steps: int = Field(default=500, ge=1)
-    keep: int = Field(default=1, ge=1)
+    keep: int = Field(default=2, ge=1)
 
 
 class TrainConfig(Config):
-    """One experiment. ``batch_size`` counts users of the global batch; give ``num_epochs`` or ``num_steps``."""
+    """One experiment. ``batch_size`` counts users of the global batch; give ``num_epochs`` or ``num_steps``.
+
+    Attributes:
+        init_from: a run, a checkpoint or a safetensors file to take the weights from, and from the first two the state
+            of the tables; steps are counted from 0 and the dense optimizers start afresh.
+        accumulate_steps: micro-batches that a global batch is computed in. The dense gradients are those of the whole
+            batch. FBGEMM updates its tables in the backward pass, hence at every micro-batch, by that one's part of the
+            batch's gradient; with row-wise Adagrad that is not the update of the sum.
+        precision: ``bf16`` runs the forward pass under `torch.autocast`; weights, optimizers and tables stay float32.
+            There is no fp16: it needs a GradScaler, and the fused tables would take the scaled gradients.
+    """
 
     output: Path
+    init_from: Path | None = None
     seed: int = Field(default=0, ge=0)
     data: DataConfig
     model: Annotated[SASRecConfig, BeforeValidator(name_only)] = SASRecConfig()
@@ -143,6 +156,8 @@ class TrainConfig(Config):
     dense_sharding: DenseSharding = "ddp"
     batch_size: int = Field(default=256, ge=1)
     num_streams: int = Field(default=32, ge=1)
+    accumulate_steps: int = Field(default=1, ge=1)
+    precision: Literal["fp32", "bf16"] = "fp32"
     num_epochs: int | None = Field(default=None, ge=1)
     num_steps: int | None = Field(default=None, ge=1)
     validation: ValidationConfig = ValidationConfig()
@@ -156,6 +171,15 @@ class TrainConfig(Config):
             raise ValueError(f"give num_epochs or num_steps, one of them; found {self.num_epochs} and {self.num_steps}")
         return self
 
+    @model_validator(mode="after")
+    def _whole_micro_batches(self) -> TrainConfig:
+        if self.accumulate_steps > 1 and self.batch_size % (self.accumulate_steps * self.num_streams):
+            raise ValueError(
+                f"batch_size {self.batch_size} is not a multiple of accumulate_steps {self.accumulate_steps} times "
+                f"num_streams {self.num_streams}; change one of them"
+            )
+        return self
+
 
 # Which entry of ``schedules`` each part of the optimizer follows.
 _SCHEDULED: Mapping[str, Literal["tables", "dense", "adamw"]] = {
@@ -167,6 +191,10 @@ _SCHEDULED: Mapping[str, Literal["tables", "dense", "adamw"]] = {
 
 # What may differ when a run is resumed: it changes where things are computed or written, not what is learned.
 _MAY_DIFFER = {"dense_sharding", "log_every_steps", "tensorboard", "checkpoints"}
+_TABLES_MAY_DIFFER = {"sharding"}
+
+# What may differ from the run that ``init_from`` names, when all that shall change is the dense optimizer.
+_OF_DENSE_OPTIMIZER = {"dense_optimizer", "adamw", "routing", "schedule", "schedules", "max_grad_norm", "init_from"}
 
 
 def main() -> int:
@@ -177,17 +205,30 @@ def main() -> int:
         epilog=f"settings and their defaults:\n{describe(TrainConfig, leave_out=('data',))}\n\n"
         "examples:\n"
         "  torchrun --nproc-per-node 2 -m pipeline.train configs/demo/sasrec.yaml\n"
-        "  torchrun --nproc-per-node 2 -m pipeline.train configs/demo/sasrec.yaml dense_optimizer=adamw output=out/a",
+        "  torchrun --nproc-per-node 2 -m pipeline.train configs/demo/sasrec.yaml dense_optimizer=adamw output=out/a\n"
+        "  python -m pipeline.train configs/demo/sasrec.yaml --plan 16x8 --hbm 80 --rows item=200000000",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("config", help="YAML file of the experiment, such as configs/demo/sasrec.yaml")
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="such as dense_optimizer=adamw dense_optimizer.lr=0.001"
     )
-    arguments = parser.parse_args()
+    parser.add_argument("--plan", metavar="NODESxRANKS", help="only print the plan for such machines (16x8)")
+    parser.add_argument("--hbm", type=float, default=80, metavar="GIB", help="with --plan: memory of one rank")
+    parser.add_argument("--rows", action="append", default=[], metavar="TABLE=COUNT", help="with --plan: table sizes")
+    arguments = parser.parse_intermixed_args()  # parse_args refuses key=value after an option
+    if arguments.plan is not None:
+        configure_logging()
+        return run_stage(lambda: plan(arguments))
     with join_ranks() as ranks:
         configure_logging(is_first=ranks.is_first)
         return run_stage(lambda: train(load_config(TrainConfig, arguments.config, arguments.overrides), ranks))
+
+
+def plan(arguments: argparse.Namespace) -> None:
+    """Print what the run would be on the machines of ``--plan``, without any of them."""
+    config = load_config(TrainConfig, arguments.config, arguments.overrides)
+    print_plan(config, *parse_ranks(arguments.plan), arguments.hbm, rows=parse_rows(arguments.rows))
 
 
 def train(config: TrainConfig, ranks: Ranks) -> None:
@@ -195,7 +236,8 @@ def train(config: TrainConfig, ranks: Ranks) -> None:
     run = Run.start(config, ranks)
     root = config.output / "checkpoints"
     step, best = run.resume(root)
-    pipeline = TrainPipelineSparseDist(run.model, run.optimizer, ranks.device)
+    accumulated = AccumulatedStep(run.optimizer)
+    pipeline = TrainPipelineSparseDist(run.model, accumulated, ranks.device)
     log = RunLog(
         config.output, enabled=ranks.is_first, start_step=step, num_steps=run.num_steps, tensorboard=config.tensorboard
     )
@@ -205,17 +247,20 @@ def train(config: TrainConfig, ranks: Ranks) -> None:
             # A stretch between two validations: the pipeline ends it with no batch in flight, since TorchRec's sharded
             # modules cannot evaluate while a batch is half way through them.
             end = min(run.next_validation(step), run.num_steps)
-            batches = run.loader.iterate(step, end)
+            batches = run.batches(step, end)
             run.model.train()
             while step < end:
                 rates = run.set_rates(step)
                 run.seed_dropout(step)
-                statistics = pipeline.progress(batches)
+                statistics = {"loss_nats": 0.0, "num_targets": 0.0}
+                for _ in accumulated.over(run.micro_steps(step)):
+                    for name, part in pipeline.progress(batches).items():
+                        statistics[name] += part
                 step += 1
                 clock.count(statistics["num_targets"])
                 if step % config.log_every_steps == 0 or step == end:
                     numbers = {**statistics, **rates, **run.norms(), **clock.lap()}
-                    log.write(step, epoch=step / run.loader.steps_per_epoch, **numbers)
+                    log.write(step, epoch=step / run.steps_per_epoch, **numbers)
                     log.show(step, loss_nats=statistics["loss_nats"], events_per_s=numbers["events_per_s"])
                 if step % config.checkpoints.every_steps == 0 and step != end:
                     with clock.paused():
@@ -251,6 +296,7 @@ class Run:
     model: DistributedModelParallel
     optimizer: JoinedOptimizer
     num_steps: int
+    steps_per_epoch: int
     schedules: dict[str, Schedule]
 
     @classmethod
@@ -260,7 +306,8 @@ class Run:
         sequences = load_sequences(config.data.output)
         check_same_data(config.data, sequences.manifest)
         loader = make_loader(config, sequences, ranks)
-        num_steps = config.num_steps or (config.num_epochs or 0) * loader.steps_per_epoch
+        steps_per_epoch = -(-loader.steps_per_epoch // config.accumulate_steps)
+        num_steps = config.num_steps or (config.num_epochs or 0) * steps_per_epoch
         model, plan = make_model(config, sequences, ranks)
         tables = check_tables(model, config.tables)
         optimizer = make_optimizer(config, model)
@@ -274,40 +321,101 @@ class Run:
             (config.output / "resolved.tmp").rename(config.output / "resolved.yaml")
         logger.info("sharding plan over %d ranks\n%s", ranks.num_ranks, plan_text)
         for table in tables:
-            logger.info(
-                "table %s: %s fused into the backward pass, lr %g, eps %g",
-                table.name,
-                table.optimizer,
-                table.lr,
-                table.eps,
-            )
+            logger.info("table %s", table)
         logger.info("optimizer of each parameter\n%s", routing)
         schedules = {
             part: config.schedules.get(key, config.schedule).over(num_steps)
             for part, key in _SCHEDULED.items()
             if part in optimizer.parts
         }
-        return cls(config, ranks, sequences, loader, model, optimizer, num_steps, schedules)
+        return cls(config, ranks, sequences, loader, model, optimizer, num_steps, steps_per_epoch, schedules)
 
     def resume(self, root: Path) -> tuple[int, Best]:
-        """Load the newest finished checkpoint below ``root``, if there is one."""
-        choice = [checkpoint.newest(root)]
+        """Load the newest checkpoint below ``root`` that can be used; without any, start from ``init_from``.
+
+        One that is damaged or of another model is named in a warning and set aside.
+
+        Raises:
+            ValueError: there are checkpoints, and none can be used or they are of other data.
+        """
+        found = [checkpoint.finished(root)]
         # The first rank decides: a rank on a machine that does not see the folder fails here instead of starting anew.
-        dist.broadcast_object_list(choice, src=0)
-        found = choice[0]
-        if found is None:
-            return 0, Best()
-        progress = checkpoint.read_progress(found)
-        if progress["data"] != self.sequences.manifest.fingerprint:
+        dist.broadcast_object_list(found, src=0)
+        unusable: dict[Path, str] = {}
+        for folder in reversed(found[0]):
+            try:
+                progress = checkpoint.load(folder, self.model, self.optimizer)
+            except checkpoint.UnusableCheckpoint as error:
+                unusable[folder] = str(error)
+                continue
+            self.check_same_data(folder, progress["data"])
+            for bad, fault in unusable.items():
+                checkpoint.set_aside(bad)
+                if self.ranks.is_first:
+                    logger.warning("%s; it is renamed to unusable-%s, and the one before is used", fault, bad.name)
+            step, best = progress["step"], Best(**progress["best"])
+            # What was cut off left behind.
+            checkpoint.prune(root, keep=self.config.checkpoints.keep, best=best.step)
+            logger.info("resumed from %s", folder)
+            return step, best
+        if unusable:
             raise ValueError(
-                f"{found} was trained on other data than {self.config.data.output} holds now; "
+                f"no checkpoint in {root} can be used: {'; '.join(unusable.values())}; pass output=another/folder, or "
+                f"delete {root} to start anew"
+            )
+        if self.config.init_from is not None:
+            self.initialize_from(self.config.init_from)
+        return 0, Best()
+
+    def initialize_from(self, source: Path) -> None:
+        """Take the weights, and the tables' state where there is one, from another run; nothing else.
+
+        Args:
+            source: a run (its newest checkpoint), a checkpoint, or a safetensors file.
+        """
+        folder = source if checkpoint.is_committed(source) else checkpoint.newest(source / "checkpoints")
+        if source.is_file():
+            notes = checkpoint.import_weights(source, self.model)
+            self.check_same_data(source, notes.get("data", self.sequences.manifest.fingerprint))
+            logger.info("started from the weights in %s; every optimizer starts afresh, tables too", source)
+        elif folder is not None:
+            progress = checkpoint.load(folder, self.model, self.optimizer.parts["tables"])
+            self.check_same_data(folder, progress["data"])
+            logger.info(
+                "started from %s, step %d: weights and the tables' optimizer state are kept, the momentum of the dense "
+                "optimizers starts afresh",
+                folder,
+                progress["step"],
+            )
+        else:
+            raise ValueError(
+                f"init_from={source} is no run with a finished checkpoint, no checkpoint and no file; pass the output "
+                "of python -m pipeline.train, or what python -m pipeline.export wrote"
+            )
+
+    def check_same_data(self, source: Path, fingerprint: str) -> None:
+        """Refuse weights whose rows mean other items, by ValueError."""
+        if fingerprint != self.sequences.manifest.fingerprint:
+            raise ValueError(
+                f"{source} was trained on other data than {self.config.data.output} holds now; "
                 "rebuild that data set as it was, or pass output=another/folder to start anew"
             )
-        checkpoint.load(found, self.model, self.optimizer)
-        step, best = progress["step"], Best(**progress["best"])
-        checkpoint.prune(root, keep=self.config.checkpoints.keep, best=best.step)  # what was cut off left behind
-        logger.info("resumed from %s", found)
-        return step, best
+
+    def micro_steps(self, step: int) -> range:
+        """The loader's batches that make up global batch ``step``; the last of an epoch has what is left of it."""
+        epoch, index = divmod(step, self.steps_per_epoch)
+        size = self.config.accumulate_steps
+        starts = range(epoch * self.loader.steps_per_epoch, (epoch + 1) * self.loader.steps_per_epoch)
+        return starts[index * size : (index + 1) * size]
+
+    def batches(self, step: int, end: int) -> Iterator[SequenceBatch]:
+        """The micro-batches of steps ``step`` to ``end``, each knowing the targets of its whole global batch."""
+        loaded = self.loader.iterate(self.micro_steps(step).start, self.micro_steps(end - 1).stop)
+        for at in range(step, end):
+            micro_batches = [next(loaded) for _ in self.micro_steps(at)]
+            num_targets = sum(batch.labels.numel() for batch in micro_batches)
+            for batch in micro_batches:
+                yield dataclasses.replace(batch, step=at, num_step_targets=num_targets)
 
     def set_rates(self, step: int) -> dict[str, float]:
         """Set every part's learning rate for ``step``; the rates, of the first table for all, by name."""
@@ -363,6 +471,32 @@ class Run:
         return {f"valid_{name}": value for name, value in ranking_metrics(ranked, k=(10,)).items()}
 
 
+class AccumulatedStep:
+    """What a train pipeline takes for its optimizer: gradients are cleared before the first and used after the last
+    micro-batch of a step.
+
+    DDP and FSDP2 reduce the gradients at every micro-batch; a mean of sums is the sum of means.
+    """
+
+    def __init__(self, optimizer: JoinedOptimizer) -> None:
+        self._optimizer = optimizer
+        self._is_first = self._is_last = True
+
+    def over(self, micro_steps: range) -> Iterator[int]:
+        """Yield the micro-batches of one step."""
+        for micro_step in micro_steps:
+            self._is_first, self._is_last = micro_step == micro_steps[0], micro_step == micro_steps[-1]
+            yield micro_step
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        if self._is_first:
+            self._optimizer.zero_grad(set_to_none=set_to_none)
+
+    def step(self) -> None:
+        if self._is_last:
+            self._optimizer.step()
+
+
 @dataclasses.dataclass(frozen=True)
 class Best:
     """The best validation so far, how many have not beaten it, and the seconds trained."""
@@ -392,7 +526,7 @@ def make_loader(config: TrainConfig, sequences: Sequences, ranks: Ranks) -> Trai
     )
     return TrainingBatches(
         sequences,
-        batch_size=config.batch_size,
+        batch_size=config.batch_size // config.accumulate_steps,
         max_length=config.model.max_length,
         sampler=sampler,
         needs_targets=config.loss.name != "full_softmax",
@@ -407,12 +541,15 @@ def make_model(config: TrainConfig, sequences: Sequences, ranks: Ranks) -> tuple
     torch.manual_seed(config.seed)
     loss = NextItemLoss(config.loss.name, temperature=config.loss.temperature)
     model = MODELS[config.model.name](config.model, num_items=sequences.num_items, loss=loss)
+    if config.precision == "bf16":
+        # The forward pass alone: autocast around the optimizer would change Newton-Schulz.
+        model.forward = torch.autocast(ranks.device.type, torch.bfloat16)(model.forward)  # type: ignore[method-assign]
     sharded, plan = shard_model(
         model,
         config.tables,
         dense=config.dense_sharding,
         ranks=ranks,
-        batch_size=max(config.batch_size // ranks.num_ranks, 1),
+        batch_size=max(config.batch_size // config.accumulate_steps // ranks.num_ranks, 1),
     )
     initialize_tables(sharded, std={name: table.init_std for name, table in config.tables.items()}, seed=config.seed)
     return sharded, plan
@@ -450,16 +587,25 @@ def load_run(folder: str | Path, which: str, ranks: Ranks) -> tuple[ShardedEncod
             f"{folder} is not a run: there is no resolved.yaml; pass the output of python -m pipeline.train"
         )
     config = load_config(TrainConfig, resolved)
-    last = checkpoint.newest(folder / "checkpoints")
-    if last is None:
-        raise ValueError(f"{folder} has no finished checkpoint; train it first, or until its first validation")
-    best_step = checkpoint.read_progress(last)["best"]["step"]
-    found = checkpoint.step_folder(last.parent, best_step) if which == "best" and best_step else last
+    found = choose_checkpoint(folder, which)
     sequences = load_sequences(config.data.output)
     model, _ = make_model(config, sequences, ranks)
     progress = checkpoint.load(found, model)
     encoder = ShardedEncoder(model, num_items=sequences.num_items, device=ranks.device)
     return encoder, config, sequences, progress["step"]
+
+
+def choose_checkpoint(folder: Path, which: str) -> Path:
+    """The ``best`` checkpoint of a run on validation, or the ``last``.
+
+    Raises:
+        ValueError: the folder has no finished checkpoint.
+    """
+    last = checkpoint.newest(folder / "checkpoints")
+    if last is None:
+        raise ValueError(f"{folder} has no finished checkpoint; train it first, or until its first validation")
+    best_step = checkpoint.read_progress(last)["best"]["step"]
+    return checkpoint.step_folder(last.parent, best_step) if which == "best" and best_step else last
 
 
 def check_output(config: TrainConfig) -> None:
@@ -471,15 +617,27 @@ def check_output(config: TrainConfig) -> None:
     resolved = config.output / "resolved.yaml"
     if not resolved.is_file() or checkpoint.newest(config.output / "checkpoints") is None:
         return  # nothing was learned there yet
-    before, now = yaml.safe_load(resolved.read_text()), config.model_dump(mode="json")
-    differing = sorted(
-        key for key in before.keys() | now.keys() if before.get(key) != now.get(key) and key not in _MAY_DIFFER
+    before, now = (
+        _what_is_learned(yaml.safe_load(resolved.read_text())),
+        _what_is_learned(config.model_dump(mode="json")),
     )
+    differing = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
     if differing:
+        way = ", or delete that one to start anew"
+        if "dense_optimizer" in differing and set(differing) <= _OF_DENSE_OPTIMIZER:
+            way += f"; to go on from its weights with the other optimizer, add init_from={config.output}"
         raise ValueError(
             f"{config.output} holds a run whose {', '.join(differing)} differ from this config; "
-            "pass output=another/folder, or delete that one to start anew"
+            f"pass output=another/folder{way}"
         )
+
+
+def _what_is_learned(tree: dict[str, Any]) -> dict[str, Any]:
+    tables = {
+        name: {key: value for key, value in table.items() if key not in _TABLES_MAY_DIFFER}
+        for name, table in tree["tables"].items()
+    }
+    return {key: value for key, value in {**tree, "tables": tables}.items() if key not in _MAY_DIFFER}
 
 
 class Clock:

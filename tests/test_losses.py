@@ -25,7 +25,9 @@ def made():
 def batch_of(labels, candidates, log_q=None, step=4):
     features = {"candidates": SimpleNamespace(values=lambda: candidates)}
     log_q = torch.empty(0) if log_q is None else log_q
-    return SimpleNamespace(features=features, labels=labels, log_q=log_q, user_ids=torch.tensor([17, 18]), step=step)
+    return SimpleNamespace(
+        features=features, labels=labels, log_q=log_q, user_ids=torch.tensor([17, 18]), step=step, num_step_targets=None
+    )
 
 
 @pytest.mark.parametrize("corrected", [False, True])

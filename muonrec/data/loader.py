@@ -142,34 +142,34 @@ def evaluation_batches(
     ranks: Ranks,
     max_users: int | None = None,
 ) -> Iterator[SequenceBatch]:
-    """Yield this rank's evaluation batches: every user with a held-out item, its history, and that item as the label.
+    """Yield this rank's evaluation batches: every target's history, and the held-out item as the label.
 
-    Batch j of a fixed division of the users goes to rank ``j % num_ranks``; ranks that run out yield empty batches, so
-    every rank yields the same number and what is computed does not depend on the number of ranks.
+    Batch j of a fixed division of the targets goes to rank ``j % num_ranks``; ranks that run out yield empty batches,
+    so every rank yields the same number and what is computed does not depend on the number of ranks.
 
     Args:
         sequences: the data set.
-        part: ``valid`` predicts the first validation event from the training events, ``test`` the first test event from
-            the training and the validation events.
+        part: ``valid`` or ``test``; a history is all that the user did before, whatever the part.
         max_length: events of a history that are kept, the latest ones.
-        batch_size: users of one batch, on one rank.
+        batch_size: targets of one batch, on one rank.
         ranks: this rank among the others.
-        max_users: evaluate an evenly spaced subset of this many users; None for all.
+        max_users: evaluate an evenly spaced subset of this many targets, one per user in most splits; None for all.
 
     Yields:
-        SequenceBatch: ``labels`` ``[B]``; no targets and no candidates.
+        SequenceBatch: ``labels`` ``[B]``; no targets and no candidates; ``user_ids`` are `Sequences.target_ids`, the
+        users' own unless the split gives a user several targets.
     """
-    users = evaluation_users(sequences, part, max_users=max_users)
-    history_of = sequences.targets(part)  # a target stands where its history ends
-    num_batches = -(-users.size // batch_size)
+    ids = evaluation_targets(sequences, part, max_targets=max_users)
+    rows, places = sequences.locate(ids, part)  # a target stands where its history ends
+    num_batches = -(-ids.size // batch_size)
     num_rounds = -(-num_batches // ranks.num_ranks)
-    # Users of like length travel together: less padding, and the division is still fixed.
-    users = users[np.argsort(-np.minimum(history_of[users], max_length), kind="stable")]
+    # Histories of like length travel together: less padding, and the division is still fixed.
+    order = np.argsort(-np.minimum(places, max_length), kind="stable")
     for round_ in range(num_rounds):
         first = (round_ * ranks.num_ranks + ranks.rank) * batch_size
-        mine = users[first : first + batch_size]
-        ends = sequences.offsets[mine] + history_of[mine]
-        lengths = np.minimum(history_of[mine], max_length)
+        mine = order[first : first + batch_size]
+        ends = sequences.offsets[rows[mine]] + places[mine]
+        lengths = np.minimum(places[mine], max_length)
         none = np.empty(0, dtype=np.int64)
         yield make_batch(
             history=sequences.values[_ranges(ends - lengths, lengths)].astype(np.int64),
@@ -178,30 +178,29 @@ def evaluation_batches(
             targets=none,
             candidates=none,
             log_q=np.empty(0, dtype=np.float32),
-            user_ids=sequences.user_ids[mine],
+            user_ids=ids[mine],
             num_items=sequences.num_items,
             step=round_,
         )
 
 
-def evaluation_users(sequences: Sequences, part: Part, *, max_users: int | None = None) -> np.ndarray:
-    """Rows int64 of the users with a history and a held-out item in ``part``.
+def evaluation_targets(sequences: Sequences, part: Part, *, max_targets: int | None = None) -> np.ndarray:
+    """`Sequences.target_ids`, or an evenly spaced subset of ``max_targets``.
 
     Raises:
         ValueError: there are none.
     """
-    users = np.flatnonzero(sequences.targets(part) >= 1)
-    if users.size == 0:
+    ids = sequences.target_ids(part)
+    if ids.size == 0:
         raise ValueError(f"no user has a history and a {part} event; check the data set's split")
-    if max_users is not None and users.size > max_users:
-        users = users[np.linspace(0, users.size - 1, max_users).round().astype(np.int64)]
-    return users
+    if max_targets is not None and ids.size > max_targets:
+        ids = ids[np.linspace(0, ids.size - 1, max_targets).round().astype(np.int64)]
+    return ids
 
 
-def seen_items(sequences: Sequences, user_ids: np.ndarray, part: Part) -> tuple[np.ndarray, np.ndarray]:
-    """Each user's whole history before ``part``: ids int64 ``[sum of lengths]`` and lengths int64 ``[B]``."""
-    rows = np.searchsorted(sequences.user_ids, user_ids)
-    lengths = sequences.targets(part)[rows]
+def seen_items(sequences: Sequences, target_ids: np.ndarray, part: Part) -> tuple[np.ndarray, np.ndarray]:
+    """The whole history of each target of ``part``: ids int64 ``[sum of lengths]`` and lengths int64 ``[B]``."""
+    rows, lengths = sequences.locate(target_ids, part)
     return sequences.values[_ranges(sequences.offsets[rows], lengths)].astype(np.int64), lengths
 
 

@@ -10,9 +10,11 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 import duckdb
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pydantic
 
 from muonrec.config import Config, name_only
+from muonrec.data.shards import ITEMS, USERS
 
 logger = logging.getLogger(__name__)
 
@@ -47,17 +49,47 @@ JOIN users_kept u ON u.user_code = e.user_code
 JOIN items_kept i ON i.item_code = e.item_code
 """
 
+# A repeat is decided by time, and by place in the source where there is no time: never by the order of ties.
+_SQL_FIRST_MEETINGS = """
+CREATE TABLE events_kept AS
+WITH meetings AS (
+    SELECT user_code, item_code, timestamp_s, source_row,
+           ROW_NUMBER() OVER (PARTITION BY user_code, item_code ORDER BY timestamp_s, source_row) AS meeting
+    FROM events
+)
+SELECT user_code, item_code, timestamp_s, source_row FROM meetings WHERE meeting = 1
+"""
+
+_SQL_UNTIED = """
+CREATE TABLE events_kept AS
+WITH shared AS (
+    SELECT user_code, timestamp_s FROM events WHERE timestamp_s IS NOT NULL
+    GROUP BY user_code, timestamp_s HAVING COUNT(*) > 1
+)
+SELECT e.user_code, e.item_code, e.timestamp_s, e.source_row
+FROM events e
+LEFT JOIN shared s ON s.user_code = e.user_code AND s.timestamp_s = e.timestamp_s
+WHERE s.user_code IS NULL
+"""
+
 _SQL_COUNTS = """
 SELECT COUNT(DISTINCT user_code) AS num_users, COUNT(DISTINCT item_code) AS num_items, COUNT(*) AS num_events
 FROM events
 """
 
+# Those that an ancestor knows keep their rows, with or without an event now; new ones follow.
 _SQL_VOCABULARY = """
 CREATE TABLE {kind}s AS
 WITH kept AS (SELECT DISTINCT {kind}_code AS code FROM events)
-SELECT ROW_NUMBER() OVER (ORDER BY c.code) - 1 AS {kind}_id, c.raw_id AS raw_id, c.code AS code
+SELECT k.{kind}_id AS {kind}_id, k.raw_id AS raw_id, c.code AS code
+FROM known_{kind}s k
+LEFT JOIN {kind}_codes c ON c.raw_id = k.raw_id
+UNION ALL
+SELECT {num_known} + ROW_NUMBER() OVER (ORDER BY c.code) - 1 AS {kind}_id, c.raw_id AS raw_id, c.code AS code
 FROM {kind}_codes c
-JOIN kept k ON k.code = c.code
+JOIN kept e ON e.code = c.code
+LEFT JOIN known_{kind}s k ON k.raw_id = c.raw_id
+WHERE k.raw_id IS NULL
 """
 
 _SQL_TIME_RANGE = "SELECT MIN(timestamp_s), MAX(timestamp_s), COUNT(*) - COUNT(timestamp_s) FROM events"
@@ -94,6 +126,35 @@ SELECT user_code,
 FROM events GROUP BY user_code
 """
 
+# Every event belongs to the part of the sample that it is, or that comes next: a user's first event is no sample.
+_SQL_NUM_SAMPLES = "SELECT COUNT(*) - COUNT(DISTINCT user_code) FROM events"
+_SQL_RATIO = """
+CREATE TABLE parts AS
+WITH placed AS (
+    SELECT e.user_code AS user_code, e.timestamp_s AS timestamp_s, e.source_row AS source_row, {tie} AS tie
+    FROM events e
+    JOIN users u ON u.code = e.user_code
+    JOIN items i ON i.code = e.item_code
+), sampled AS (
+    SELECT user_code, timestamp_s, tie, source_row,
+           CASE WHEN ROW_NUMBER() OVER (PARTITION BY user_code ORDER BY timestamp_s, tie, source_row) > 1
+                THEN 1 ELSE 0 END AS is_sample
+    FROM placed
+), counted AS (
+    SELECT user_code,
+           COALESCE(SUM(is_sample) OVER (
+               ORDER BY timestamp_s, tie, source_row ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING
+           ), 0) AS num_samples_before
+    FROM sampled
+)
+SELECT user_code,
+       SUM(CASE WHEN num_samples_before < {valid_from} THEN 1 ELSE 0 END) AS num_train,
+       SUM(CASE WHEN num_samples_before >= {valid_from} AND num_samples_before < {test_from} THEN 1 ELSE 0 END)
+           AS num_valid,
+       SUM(CASE WHEN num_samples_before >= {test_from} THEN 1 ELSE 0 END) AS num_test
+FROM counted GROUP BY user_code
+"""
+
 _SQL_PART_SIZES = "SELECT SUM(num_train), SUM(num_valid), SUM(num_test) FROM parts"
 
 # md5 and not an engine's own hash(), which changes with its version; raw ids and not codes, which change with the log.
@@ -114,6 +175,7 @@ _SQL_TIE = {
         "ELSE md5(CONCAT('{seed}', '/', u.raw_id, '/', i.raw_id, '/', e.source_row)) END"
     ),
     "file_order": "e.source_row",
+    "drop": "e.source_row",  # none is left to break
 }
 
 _SQL_ROWS = "SELECT {kind}_id, raw_id FROM {kind}s ORDER BY {kind}_id"
@@ -159,23 +221,55 @@ class GlobalTimeSplit(Config):
             raise ValueError(
                 f"valid_from_s {self.valid_from_s} is not before test_from_s {self.test_from_s}; swap them"
             )
-        if self.valid + self.test >= 1:
-            raise ValueError(
-                f"valid {self.valid:g} + test {self.test:g} leave no event to train on; their sum is below 1"
-            )
+        _check_shares(self.valid, self.test)
         return self
 
 
+class RatioSplit(Config):
+    """Cut the samples of all users at two ratios: every (history, next event), in order of the next event's time.
+
+    The protocol of MiniOneRec (2025), 8:1:1. A sample is any event but its user's first; its history is all that the
+    user did before. So a user has many targets, in one part or several, and every one of them is evaluated.
+
+    Leakage rules: nothing trained on comes after any target in the order of the whole log, and a history ends before
+    its target. Unlike `GlobalTimeSplit`, the cut may fall between events of one second, which ``ties`` then orders
+    (``ties: drop`` removes only ties of one user). Also, later samples of a user have its earlier targets in their
+    history, as events that are known by then; no model is fitted to them. Not hidden: k-core and vocabulary look at
+    the whole log.
+
+    Attributes:
+        valid, test: shares of the samples, the latest for test.
+    """
+
+    name: Literal["ratio"] = "ratio"
+    valid: Annotated[float, pydantic.Field(gt=0, lt=1)] = 0.1
+    test: Annotated[float, pydantic.Field(gt=0, lt=1)] = 0.1
+
+    @pydantic.model_validator(mode="after")
+    def _check(self) -> RatioSplit:
+        _check_shares(self.valid, self.test)
+        return self
+
+
+def _check_shares(valid: float, test: float) -> None:
+    if valid + test >= 1:
+        raise ValueError(f"valid {valid:g} + test {test:g} leave no event to train on; their sum is below 1")
+
+
+Ties: TypeAlias = Literal["shuffle", "file_order", "drop"]
+
 Split: TypeAlias = Annotated[
-    LeaveOneOut | GlobalTimeSplit, pydantic.Field(discriminator="name"), pydantic.BeforeValidator(name_only)
+    LeaveOneOut | GlobalTimeSplit | RatioSplit,
+    pydantic.Field(discriminator="name"),
+    pydantic.BeforeValidator(name_only),
 ]
 
 
 class EventStore:
     """The events of one log in a DuckDB file, under a memory limit, spilling to disk.
 
-    Call `load`, `drop_duplicates`, `keep_core`, `build_vocabularies`, `split`, `ordered`, in this order. One store
-    serves one run: its file may be deleted after `close`.
+    Call `load`, `drop_duplicates`, `drop_repeats` and `drop_ties` where asked, `keep_core`, `build_vocabularies`,
+    `split`, `ordered`, in this order. One store serves one run: its file may be deleted after `close`.
     """
 
     def __init__(self, folder: Path, *, memory_limit: str = "4GiB") -> None:
@@ -221,9 +315,7 @@ class EventStore:
         num_events = 0
         # Batch by batch and not the reader as a whole: its ValueErrors must reach the caller as they are.
         for batch in reader:
-            self._connection.register("batch", batch)
-            self._connection.execute("INSERT INTO source_events SELECT * FROM batch")
-            self._connection.unregister("batch")
+            self._insert("source_events", batch)
             num_events += len(batch)
             on_events(len(batch))
         return num_events
@@ -236,6 +328,24 @@ class EventStore:
         self._connection.execute(_SQL_DISTINCT)
         self._connection.execute("DROP TABLE source_events")
         return before - self._number("SELECT COUNT(*) FROM events")
+
+    def drop_repeats(self) -> int:
+        """Keep the first event of each user with each item; returns how many went."""
+        return self._keep(_SQL_FIRST_MEETINGS)
+
+    def drop_ties(self) -> int:
+        """Drop every event whose place is unknown, which shares user and second with another; returns how many went.
+
+        Raises:
+            ValueError: nothing is left.
+        """
+        num_dropped = self._keep(_SQL_UNTIED)
+        if not self._number("SELECT COUNT(*) FROM events"):
+            raise ValueError(
+                f"ties=drop leaves no event: all {num_dropped} share user and second with another; "
+                "use data.ties=shuffle, or times of a finer resolution"
+            )
+        return num_dropped
 
     def keep_core(self, k: int) -> list[dict[str, int]]:
         """Drop users and items with fewer than ``k`` events until none is left (the k-core; Seidman, 1983).
@@ -251,9 +361,7 @@ class EventStore:
         """
         rounds = [self._counts()]
         while k > 1 and rounds[-1]["num_events"]:
-            self._connection.execute(_SQL_CORE_ROUND.format(k=int(k)))
-            self._connection.execute("DROP TABLE events")
-            self._connection.execute("ALTER TABLE events_kept RENAME TO events")
+            self._keep(_SQL_CORE_ROUND.format(k=int(k)))
             counts = self._counts()
             if counts == rounds[-1]:
                 break
@@ -270,10 +378,19 @@ class EventStore:
             raise ValueError(f"k_core={k} leaves no event ({history}); lower data.k_core or pass a denser log")
         return rounds
 
-    def build_vocabularies(self) -> tuple[int, int]:
-        """Number users and items from 0 in the order of their raw ids; returns how many there are of each."""
-        for kind in ("user", "item"):
-            self._connection.execute(_SQL_VOCABULARY.format(kind=kind))
+    def build_vocabularies(self, ancestor: Path | None = None) -> tuple[int, int]:
+        """Number users and items from 0 in the order of their raw ids; returns how many there are of each.
+
+        Args:
+            ancestor: folder of an earlier data set, whose users and items all keep their numbers; new ones follow.
+        """
+        for kind, file in (("user", USERS), ("item", ITEMS)):
+            self._connection.execute(f"CREATE TABLE known_{kind}s ({kind}_id BIGINT, raw_id VARCHAR)")
+            if ancestor is not None:
+                for batch in pq.ParquetFile(ancestor / file).iter_batches(columns=[f"{kind}_id", "raw_id"]):
+                    self._insert(f"known_{kind}s", batch)
+            num_known = self._number(f"SELECT COUNT(*) FROM known_{kind}s")
+            self._connection.execute(_SQL_VOCABULARY.format(kind=kind, num_known=num_known))
         return self._number("SELECT COUNT(*) FROM users"), self._number("SELECT COUNT(*) FROM items")
 
     def time_range_s(self) -> tuple[int, int] | None:
@@ -293,45 +410,47 @@ class EventStore:
         """Events that share user and timestamp with another."""
         return self._number(_SQL_TIED)
 
-    def split(self, split: LeaveOneOut | GlobalTimeSplit) -> dict[str, Any]:
+    def split(self, split: LeaveOneOut | GlobalTimeSplit | RatioSplit, *, ties: Ties, seed: int) -> dict[str, Any]:
         """Decide how many of each user's events, in order, belong to train, valid and test.
+
+        Args:
+            split: where to cut.
+            ties, seed: as for `ordered`; ``ratio`` may cut between ties.
 
         Returns:
             The split as it was applied, with the moments of the cut for ``global_time``.
 
         Raises:
-            ValueError: ``global_time`` on events without times, or a cut that leaves a part empty.
+            ValueError: ``global_time`` or ``ratio`` on events without times, or a cut that leaves a part empty.
         """
         if isinstance(split, LeaveOneOut):
             self._connection.execute(_SQL_LEAVE_ONE_OUT)
             return split.model_dump()
         time_range_s = self.time_range_s()
         if time_range_s is None:
-            raise ValueError("split global_time needs times and the source has none; use data.split=leave_one_out")
+            raise ValueError(f"split {split.name} needs times and the source has none; use data.split=leave_one_out")
+        if isinstance(split, RatioSplit):
+            valid_from, test_from = _cuts(split, self._number(_SQL_NUM_SAMPLES))
+            tie = _SQL_TIE[ties].format(seed=int(seed))
+            self._connection.execute(_SQL_RATIO.format(tie=tie, valid_from=valid_from, test_from=test_from))
+            self._check_parts("ratio", time_range_s)
+            return split.model_dump()
         valid_from_s, test_from_s = split.valid_from_s, split.test_from_s
         if valid_from_s is None or test_from_s is None:
-            num_events = self._number("SELECT COUNT(*) FROM events")
-            # Rounded before it is floored: (1 - 0.1 - 0.1) * 10 is 7.999...
-            places = [int(round(share * num_events, 6)) for share in (1 - split.valid - split.test, 1 - split.test)]
+            places = _cuts(split, self._number("SELECT COUNT(*) FROM events"))
             valid_from_s, test_from_s = (self._number(_SQL_CUT.format(place=place)) for place in places)
         self._connection.execute(_SQL_GLOBAL_TIME.format(valid_from_s=int(valid_from_s), test_from_s=int(test_from_s)))
-        sizes = dict(zip(("train", "valid", "test"), map(int, self._row(_SQL_PART_SIZES)), strict=True))
-        if not all(sizes.values()):
-            counts = ", ".join(f"{size} {name}" for name, size in sizes.items())
-            raise ValueError(
-                f"split global_time at {valid_from_s} and {test_from_s} gives {counts} events, one part is empty; "
-                f"the log reaches from {time_range_s[0]} to {time_range_s[1]}: change data.split"
-            )
+        self._check_parts(f"global_time at {valid_from_s} and {test_from_s}", time_range_s)
         return {**split.model_dump(), "valid_from_s": valid_from_s, "test_from_s": test_from_s}
 
-    def ordered(self, *, ties: Literal["shuffle", "file_order"], seed: int, num_shards: int) -> pa.RecordBatchReader:
+    def ordered(self, *, ties: Ties, seed: int, num_shards: int) -> pa.RecordBatchReader:
         """Stream the events by shard, user and time, each with the part counts of its user.
 
         Ties in time are never broken by item id, which can follow popularity and then flatters every metric.
 
         Args:
             ties: ``shuffle`` orders them by ``md5(seed, user, item, source_row)``, ``file_order`` by ``source_row``;
-                events without times are always in file order.
+                events without times are always in file order. ``drop``: `drop_ties` has left none.
             seed: of the shuffle.
             num_shards: user ``u`` goes to shard ``u % num_shards``.
         """
@@ -341,6 +460,28 @@ class EventStore:
     def vocabulary(self, kind: Literal["user", "item"]) -> pa.RecordBatchReader:
         """Stream ``<kind>_id, raw_id`` in order of the id."""
         return self._connection.sql(_SQL_ROWS.format(kind=kind)).to_arrow_reader(_STREAM_ROWS)
+
+    def _insert(self, table: str, batch: pa.RecordBatch) -> None:
+        self._connection.register("batch", batch)
+        self._connection.execute(f"INSERT INTO {table} SELECT * FROM batch")
+        self._connection.unregister("batch")
+
+    def _keep(self, sql: str) -> int:
+        """Replace ``events`` by the ``events_kept`` that ``sql`` creates; returns how many went."""
+        before = self._number("SELECT COUNT(*) FROM events")
+        self._connection.execute(sql)
+        self._connection.execute("DROP TABLE events")
+        self._connection.execute("ALTER TABLE events_kept RENAME TO events")
+        return before - self._number("SELECT COUNT(*) FROM events")
+
+    def _check_parts(self, cut: str, time_range_s: tuple[int, int]) -> None:
+        sizes = dict(zip(("train", "valid", "test"), map(int, self._row(_SQL_PART_SIZES)), strict=True))
+        if not all(sizes.values()):
+            counts = ", ".join(f"{size} {name}" for name, size in sizes.items())
+            raise ValueError(
+                f"split {cut} gives {counts} events, one part is empty; "
+                f"the log reaches from {time_range_s[0]} to {time_range_s[1]}: change data.split"
+            )
 
     def _counts(self) -> dict[str, int]:
         return dict(zip(("num_users", "num_items", "num_events"), map(int, self._row(_SQL_COUNTS)), strict=True))
@@ -352,3 +493,9 @@ class EventStore:
 
     def _number(self, sql: str) -> int:
         return int(self._row(sql)[0])
+
+
+def _cuts(split: GlobalTimeSplit | RatioSplit, count: int) -> tuple[int, int]:
+    """Places among ``count`` where valid and test begin."""
+    # Rounded before it is floored: (1 - 0.1 - 0.1) * 10 is 7.999...
+    return int(round((1 - split.valid - split.test) * count, 6)), int(round((1 - split.test) * count, 6))

@@ -27,7 +27,7 @@ from muonrec.config import Config
 
 logger = logging.getLogger(__name__)
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
 ITEMS = "items.parquet"
 USERS = "users.parquet"
@@ -48,7 +48,7 @@ class PartCounts(Config):
 
 
 class TargetCounts(Config):
-    """Users that have an evaluation target: the first event of the part, where some event precedes it."""
+    """One count for each part that has evaluation targets."""
 
     valid: int
     test: int
@@ -72,6 +72,14 @@ class BestPossible(Config):
     model_config = pydantic.ConfigDict(frozen=True, extra="forbid", validate_by_name=True, serialize_by_alias=True)
 
 
+class Ancestor(Config):
+    """The earlier data set whose users and items kept their rows, the first of each vocabulary."""
+
+    fingerprint: str
+    num_users: int
+    num_items: int
+
+
 class Manifest(Config):
     """What a data set holds and where it came from; a folder without one is no data set.
 
@@ -79,12 +87,19 @@ class Manifest(Config):
         fingerprint: sha256 over schema version, config and source; equal fingerprints mean equal shards.
         config: the resolved config of the stage.
         source: path, size and sha256 of every input file, or the parameters of the generator.
-        num_users_with_target: users whose held-out event has a non-empty history (see `Sequences.targets`).
+        num_users, num_items: rows of the vocabularies; with an ancestor, some may have no event here.
+        all_targets: whether every event of valid and test is a target, or the first of each user (see `Sequences`).
+        num_users_with_target: users with a target, whose history is never empty.
+        num_targets: evaluation targets.
+        num_tied_targets: targets that share user and second with another event: ``ties`` decided which one it is.
         num_items_unseen_in_training: items of the vocabulary with no event in the train part.
         history_length_quantiles: of the events per user, all parts together.
         time_range_s: first and last timestamp; null without times.
         tied_event_share: share of events that share user and timestamp with another; null without times.
         core_rounds: users, items and events before the k-core and after each of its rounds.
+        num_repeats_dropped, num_ties_dropped: events that ``repeats`` and ``ties: drop`` left out, before the k-core.
+        num_rejected_by_kind: rows of the source that were no events.
+        ancestor: what ``extends`` named; null for a data set of its own.
         best_possible: of a synthetic source, where it can be known; null otherwise.
         rates: events per second of each phase of the run that wrote it.
     """
@@ -95,10 +110,16 @@ class Manifest(Config):
     num_items: int
     num_events: int
     num_events_per_part: PartCounts
+    all_targets: bool
     num_users_with_target: TargetCounts
+    num_targets: TargetCounts
+    num_tied_targets: TargetCounts
     num_items_unseen_in_training: int
     num_source_events: int
+    num_rejected_by_kind: dict[str, int]
     num_duplicates_dropped: int
+    num_repeats_dropped: int
+    num_ties_dropped: int
     core_rounds: list[dict[str, int]]
     history_length_quantiles: dict[str, float]
     time_range_s: tuple[int, int] | None
@@ -108,6 +129,7 @@ class Manifest(Config):
     files: dict[str, FileEntry]
     config: dict[str, Any]
     source: dict[str, Any]
+    ancestor: Ancestor | None
     best_possible: BestPossible | None
     rates: dict[str, float]
 
@@ -120,6 +142,8 @@ class ShardStatistics:
     num_users: int = 0
     num_events: dict[str, int] = field(default_factory=lambda: {"train": 0, "valid": 0, "test": 0})
     num_users_with_target: dict[str, int] = field(default_factory=lambda: {"valid": 0, "test": 0})
+    num_targets: dict[str, int] = field(default_factory=lambda: {"valid": 0, "test": 0})
+    num_tied_targets: dict[str, int] = field(default_factory=lambda: {"valid": 0, "test": 0})
     lengths: Counter[int] = field(default_factory=Counter)
 
     def length_quantiles(self) -> dict[str, float]:
@@ -147,6 +171,8 @@ class Sequences:
         item_train_counts: int64 ``[num_items]``: training events of each item.
         manifest: the manifest of the folder.
         timestamps_s: int64, parallel to ``values``; None unless asked for, or where the source had no times.
+        all_targets: whether every event of a part with some event before it is a target (split ``ratio``), or only the
+            first event of the part.
     """
 
     values: np.ndarray
@@ -159,25 +185,54 @@ class Sequences:
     item_train_counts: np.ndarray
     manifest: Manifest
     timestamps_s: np.ndarray | None = None
+    all_targets: bool = False
 
     def targets(self, part: Literal["valid", "test"]) -> np.ndarray:
-        """Place of each user's evaluation target in the user's own sequence; everything before it is the history.
-
-        The target is the first event of the part; a user whose sequence starts there has no history and no target.
+        """Place of each user's first evaluation target in the user's own sequence; everything before is the history.
 
         Returns:
             int64 ``[num_users]``, -1 for users without a target.
         """
-        return target_places(self.num_train, self.num_valid, self.num_test, part)
+        first, count = self._spans(part)
+        return np.where(count > 0, first, -1)
+
+    def target_ids(self, part: Literal["valid", "test"]) -> np.ndarray:
+        """Names of all evaluation targets: the user's row where a user has one, else the target's index in ``values``.
+
+        Returns:
+            int64, ascending; `locate` says where they are.
+        """
+        first, count = self._spans(part)
+        if not self.all_targets:
+            return np.flatnonzero(count)
+        return _places(self.offsets[:-1] + first, count)
+
+    def locate(self, target_ids: np.ndarray, part: Literal["valid", "test"]) -> tuple[np.ndarray, np.ndarray]:
+        """User's row and place in the user's own sequence of each target, int64; the place is the history's length."""
+        if not self.all_targets:
+            return target_ids, self.targets(part)[target_ids]
+        rows = np.searchsorted(self.offsets, target_ids, side="right") - 1
+        return rows, target_ids - self.offsets[rows]
+
+    def _spans(self, part: str) -> tuple[np.ndarray, np.ndarray]:
+        return target_spans(self.num_train, self.num_valid, self.num_test, part, all_targets=self.all_targets)
 
 
-def target_places(num_train: np.ndarray, num_valid: np.ndarray, num_test: np.ndarray, part: str) -> np.ndarray:
-    """See `Sequences.targets`; also used to count the targets while the shards are written."""
+def target_spans(
+    num_train: np.ndarray, num_valid: np.ndarray, num_test: np.ndarray, part: str, *, all_targets: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """Place of each user's first target in ``part``, and how many there are from there on; int64 ``[num_users]``.
+
+    One target: the first event of the part, none if the user's sequence starts there. All: every event but that one.
+    """
     if part not in ("valid", "test"):
         raise ValueError(f"part {part!r} has no evaluation targets; ask for 'valid' or 'test'")
     before = num_train.astype(np.int64) + (num_valid if part == "test" else 0)
     held_out = num_valid if part == "valid" else num_test
-    return np.where((before >= 1) & (held_out >= 1), before, -1)
+    if all_targets:
+        first = np.maximum(before, 1)
+        return first, np.maximum(before + held_out - first, 0)
+    return before, ((before >= 1) & (held_out >= 1)).astype(np.int64)
 
 
 def shard_name(shard: int, num_shards: int) -> str:
@@ -191,6 +246,7 @@ def write_shards(
     *,
     num_shards: int,
     num_items: int,
+    all_targets: bool = False,
     on_events: Callable[[int], None] = lambda num_events: None,
 ) -> ShardStatistics:
     """Write a row per user, users dealt out by ``user_id % num_shards``, from a stream in exactly that order.
@@ -200,6 +256,7 @@ def write_shards(
             by ``user_id % num_shards``, then ``user_id``, then the order of the user's events.
         folder: existing folder; gets ``num_shards`` files, some of them without rows where users are few.
         num_items: rows of the item vocabulary; decides between int32 and int64.
+        all_targets: see `Sequences`; for the counts.
         on_events: called with the number of events written since the last call.
 
     Raises:
@@ -212,7 +269,7 @@ def write_shards(
     for block in _blocks_of_whole_users(events):
         last_key = _check_order(block, num_shards, last_key)
         rows = _rows_of_users(block, files.schema)
-        _count(statistics, block, rows)
+        _count(statistics, block, rows, all_targets=all_targets)
         shards = rows.column("user_id").to_numpy() % num_shards
         edges = [0, *(np.flatnonzero(np.diff(shards)) + 1), len(rows)]
         for start, end in itertools.pairwise(edges):
@@ -322,10 +379,12 @@ def load_sequences(folder: str | Path, *, verify_hashes: bool = False, timestamp
     shards = [_read_shard(folder / name, manifest, timestamps) for name in manifest.files if name.startswith("shard-")]
 
     user_ids = np.concatenate([shard["user_id"] for shard in shards])
-    if not np.array_equal(np.sort(user_ids), np.arange(manifest.num_users)):
+    is_once = np.bincount(user_ids, minlength=manifest.num_users) <= 1 if (user_ids >= 0).all() else np.zeros(1)
+    is_whole = manifest.ancestor is not None or len(user_ids) == manifest.num_users  # else no user is without events
+    if not (is_whole and is_once.all() and len(is_once) == manifest.num_users):
         raise ValueError(_damaged(folder, f"its shards do not hold users 0 .. {manifest.num_users - 1} once each"))
     per_user = {
-        name: _scatter(user_ids, np.concatenate([shard[name] for shard in shards]))
+        name: _scatter(user_ids, np.concatenate([shard[name] for shard in shards]), manifest.num_users)
         for name in ("length", "num_train", "num_valid", "num_test")
     }
     offsets = np.concatenate([[0], np.cumsum(per_user["length"])]).astype(np.int64)
@@ -353,6 +412,7 @@ def load_sequences(folder: str | Path, *, verify_hashes: bool = False, timestamp
         item_train_counts=counts.astype(np.int64),
         manifest=manifest,
         timestamps_s=timestamps_s,
+        all_targets=manifest.all_targets,
     )
 
 
@@ -574,7 +634,7 @@ def _rows_of_users(block: pa.Table, schema: pa.Schema) -> pa.Table:
     return pa.table(columns, names=schema.names).cast(schema)
 
 
-def _count(statistics: ShardStatistics, block: pa.Table, rows: pa.Table) -> None:
+def _count(statistics: ShardStatistics, block: pa.Table, rows: pa.Table, *, all_targets: bool) -> None:
     parts = {name: rows.column(f"num_{name}").to_numpy() for name in ("train", "valid", "test")}
     lengths = sum(parts.values())
     assert lengths.sum() == len(block), "the parts of a user do not add up to its events"
@@ -589,10 +649,24 @@ def _count(statistics: ShardStatistics, block: pa.Table, rows: pa.Table) -> None
     )
     for name, counts in parts.items():
         statistics.num_events[name] += int(counts.sum())
-    for name in statistics.num_users_with_target:
-        statistics.num_users_with_target[name] += int(
-            (target_places(parts["train"], parts["valid"], parts["test"], name) >= 0).sum()
-        )
+    is_tied = _is_tied(block)
+    starts = np.cumsum(lengths) - lengths
+    for name in statistics.num_targets:
+        first, count = target_spans(parts["train"], parts["valid"], parts["test"], name, all_targets=all_targets)
+        statistics.num_users_with_target[name] += int((count > 0).sum())
+        statistics.num_targets[name] += int(count.sum())
+        statistics.num_tied_targets[name] += int(is_tied[_places(starts + first, count)].sum())
+
+
+def _is_tied(block: pa.Table) -> np.ndarray:
+    """Which events share user and second with the event before or after."""
+    is_tied = np.zeros(len(block), dtype=bool)
+    times = block.column("timestamp_s")
+    if not times.null_count:
+        equals_next = (np.diff(block.column("user_id").to_numpy()) == 0) & (np.diff(times.to_numpy()) == 0)
+        is_tied[1:] |= equals_next
+        is_tied[:-1] |= equals_next
+    return is_tied
 
 
 def _read_shard(path: Path, manifest: Manifest, timestamps: bool) -> dict[str, np.ndarray]:
@@ -620,8 +694,8 @@ def _only_chunk(table: pa.Table, name: str) -> pa.Array:
     return column.chunk(0) if column.num_chunks else pa.array([], type=column.type)
 
 
-def _scatter(rows: np.ndarray, values: np.ndarray) -> np.ndarray:
-    out = np.empty_like(values)
+def _scatter(rows: np.ndarray, values: np.ndarray, num_rows: int) -> np.ndarray:
+    out = np.zeros(num_rows, dtype=values.dtype)
     out[rows] = values
     return out
 

@@ -4,33 +4,47 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
+from fbgemm_gpu.split_table_batched_embeddings_ops_training import WeightDecayMode
 from torch import nn
 from torch.distributed.optim import _apply_optimizer_in_backward
-from torchrec.distributed.batched_embedding_kernel import BaseBatchedEmbedding, BaseBatchedEmbeddingBag
-from torchrec.distributed.embedding_types import ShardedEmbeddingModule
+from torchrec.distributed.batched_embedding_kernel import (
+    BaseBatchedEmbedding,
+    BaseBatchedEmbeddingBag,
+    BatchedFusedEmbedding,
+    BatchedFusedEmbeddingBag,
+)
+from torchrec.distributed.embedding_types import ShardedEmbeddingModule, ShardedEmbeddingTable
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
+from torchrec.optim import optimizers
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer, KeyedOptimizerWrapper
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
+from muonrec.embeddings.rowwise_adam import RowwiseAdam, RowwiseAdamTables
 from muonrec.embeddings.tables import SparseOptimizer, TableConfig
 from muonrec.optim import Assignment, DistributedMuon, Role, param_groups
 
 logger = logging.getLogger(__name__)
 
-# What each name asks of FBGEMM: the class TorchRec translates, and the kernel that must come of it.
+# What each name asks of FBGEMM: the class TorchRec translates, and the kernel that must come of it. TorchRec's own
+# classes only carry settings, whatever FBGEMM calls them.
 _FUSED: dict[SparseOptimizer, tuple[type[torch.optim.Optimizer], EmbOptimType]] = {
     "rowwise_adagrad": (RowWiseAdagrad, EmbOptimType.EXACT_ROWWISE_ADAGRAD),
-    "adagrad": (torch.optim.Adagrad, EmbOptimType.EXACT_ADAGRAD),
-    "sgd": (torch.optim.SGD, EmbOptimType.EXACT_SGD),
+    "adagrad": (optimizers.Adagrad, EmbOptimType.EXACT_ADAGRAD),
+    "sgd": (optimizers.SGD, EmbOptimType.EXACT_SGD),
+    "partial_rowwise_adam": (optimizers.PartialRowWiseAdam, EmbOptimType.PARTIAL_ROWWISE_ADAM),
+    "adam": (optimizers.Adam, EmbOptimType.ADAM),
 }
+_ADAM = (EmbOptimType.PARTIAL_ROWWISE_ADAM, EmbOptimType.ADAM)
+_DECAY = {"l2": WeightDecayMode.L2, "decoupled": WeightDecayMode.DECOUPLE}
 
 
 def fuse_optimizers(model: nn.Module, tables: Mapping[str, TableConfig]) -> None:
@@ -50,21 +64,48 @@ def fuse_optimizers(model: nn.Module, tables: Mapping[str, TableConfig]) -> None
     for name, parameter in parameters.items():
         if hasattr(parameter, "_optimizer_classes"):
             raise ValueError(f"table {name!r} has an optimizer in its backward pass already; set it in one place")
-        table = tables[name]
-        settings: dict[str, Any] = {"lr": table.lr}
-        if table.optimizer != "sgd":
-            settings["eps"] = table.eps
-        _apply_optimizer_in_backward(_FUSED[table.optimizer][0], [parameter], settings)
+        # The one way in: the sharder's fused_params would be a second, and which of the two wins is easily mistaken.
+        _apply_optimizer_in_backward(_FUSED[tables[name].optimizer][0], [parameter], _fbgemm_settings(tables[name]))
+
+
+def _fbgemm_settings(table: TableConfig) -> dict[str, Any]:
+    settings: dict[str, Any] = {"lr": table.lr}
+    if table.optimizer != "sgd":
+        settings["eps"] = table.eps
+    if table.is_adam:
+        settings |= {"beta1": table.betas[0], "beta2": table.betas[1], "weight_decay": table.weight_decay}
+    elif table.weight_decay:
+        # Without the mode FBGEMM takes the decay and ignores it.
+        settings |= {"weight_decay": table.weight_decay, "weight_decay_mode": _DECAY[table.weight_decay_mode]}
+    if table.max_gradient is not None:
+        settings |= {"gradient_clipping": True, "max_gradient": table.max_gradient}
+    return settings
 
 
 @dataclasses.dataclass(frozen=True, order=True)
 class FusedTable:
-    """What FBGEMM was found to run for one table; ``optimizer`` is a kernel's name, or `NOT_FUSED` or `NOT_ASKED`."""
+    """What was found to train one table; ``optimizer`` is FBGEMM's name of it, or `NOT_FUSED` or `NOT_ASKED`.
+
+    Settings that the optimizer does not have stand at their defaults.
+    """
 
     name: str
     optimizer: str
-    lr: float
-    eps: float
+    lr: float = 0.0
+    eps: float = 0.0
+    betas: tuple[float, float] = (0.0, 0.0)
+    weight_decay: float = 0.0
+    weight_decay_mode: str = "none"
+    max_gradient: float = math.inf
+    by: str = "FBGEMM, fused into the backward pass"
+
+    def __str__(self) -> str:
+        settings = [f"lr {self.lr:g}"]
+        settings += [f"eps {self.eps:g}"] * bool(self.eps)
+        settings += [f"betas {self.betas[0]:g} and {self.betas[1]:g}"] * any(self.betas)
+        settings += [f"{self.weight_decay_mode} weight decay {self.weight_decay:g}"] * bool(self.weight_decay)
+        settings += [f"gradients clamped to {self.max_gradient:g}"] * math.isfinite(self.max_gradient)
+        return f"{self.name}: {self.optimizer} by {self.by}; {', '.join(settings)}"
 
 
 NOT_FUSED, NOT_ASKED = "no fused optimizer", "the default optimizer"
@@ -76,22 +117,9 @@ def fused_tables(model: nn.Module) -> list[FusedTable]:
     Returns:
         The same on every rank, by name: one entry for each table that any rank holds rows of, more if ranks differ.
     """
-    mine = []
-    for kernel in _kernels(model):
-        table_batch = kernel.emb_module
-        for table in kernel.config.embedding_tables:
-            if not hasattr(table_batch, "optimizer"):
-                mine.append(FusedTable(table.name, NOT_FUSED, 0.0, 0.0))
-                continue
-            asked = "optimizer" in (table.fused_params or {})
-            mine.append(
-                FusedTable(
-                    name=table.name,
-                    optimizer=table_batch.optimizer.name if asked else NOT_ASKED,
-                    lr=float(table_batch.get_learning_rate()),
-                    eps=float(table_batch.optimizer_args.eps),
-                )
-            )
+    mine = [
+        _found(table, kernel.emb_module) for _, kernel in _kernels(model) for table in kernel.config.embedding_tables
+    ]
     everyone = [mine]
     if dist.is_initialized():
         everyone = [[] for _ in range(dist.get_world_size())]
@@ -99,8 +127,36 @@ def fused_tables(model: nn.Module) -> list[FusedTable]:
     return sorted(set().union(*everyone))
 
 
+def _found(table: ShardedEmbeddingTable, table_batch: Any) -> FusedTable:
+    if not hasattr(table_batch, "optimizer"):
+        return FusedTable(table.name, NOT_FUSED)
+    lr = float(table_batch.get_learning_rate())
+    if "optimizer" not in (table.fused_params or {}):
+        return FusedTable(table.name, NOT_ASKED, lr)
+    kind, args = table_batch.optimizer, table_batch.optimizer_args
+    mode, on_cpu = "none", table_batch.use_cpu
+    if args.weight_decay and kind in _ADAM:
+        mode = "decoupled"
+    elif args.weight_decay and kind is EmbOptimType.EXACT_ROWWISE_ADAGRAD and (table_batch.is_nobag or not on_cpu):
+        # Pooling on a CPU, FBGEMM 1.8 takes another road, which ignores the decay.
+        mode = next((name for name, value in _DECAY.items() if value == args.weight_decay_mode), "none")
+    found = FusedTable(
+        name=table.name,
+        optimizer=kind.name,
+        lr=lr,
+        eps=0.0 if kind is EmbOptimType.EXACT_SGD else args.eps,
+        betas=(args.beta1, args.beta2) if kind in _ADAM else (0.0, 0.0),
+        weight_decay=0.0 if mode == "none" else args.weight_decay,
+        weight_decay_mode=mode,
+        max_gradient=args.max_gradient if args.gradient_clipping else math.inf,
+    )
+    if isinstance(table_batch, RowwiseAdamTables):
+        return dataclasses.replace(found, by="muonrec, on a dense kernel, after the backward pass")
+    return found
+
+
 def check_tables(model: DistributedModelParallel, tables: Mapping[str, TableConfig]) -> list[FusedTable]:
-    """Prove that each table is trained by the optimizer, rate and eps that were asked for; every rank must call it.
+    """Prove that each table is trained by the optimizer and the settings asked for; every rank must call it.
 
     That none is trained a second time, `build_optimizer` sees to.
 
@@ -108,7 +164,7 @@ def check_tables(model: DistributedModelParallel, tables: Mapping[str, TableConf
         What runs for each table, in the order of their names.
 
     Raises:
-        ValueError: names the table, what was asked and what FBGEMM runs; on every rank.
+        ValueError: names the table, what was asked and what runs; on every rank.
     """
     found = fused_tables(model)
     if [table.name for table in found] != sorted(tables):
@@ -117,15 +173,28 @@ def check_tables(model: DistributedModelParallel, tables: Mapping[str, TableConf
             "table must be on some rank, and run the same optimizer on each rank that has rows of it"
         )
     for table in found:
-        asked = tables[table.name]
-        kernel = _FUSED[asked.optimizer][1].name
-        if table.optimizer != kernel:
-            raise ValueError(f"table {table.name!r} asks for {kernel}, but FBGEMM runs {table.optimizer}")
-        if abs(table.lr - asked.lr) > 1e-6 * asked.lr:
-            raise ValueError(f"table {table.name!r} asks for lr {asked.lr}, but FBGEMM has {table.lr}")
-        if asked.optimizer != "sgd" and abs(table.eps - asked.eps) > 1e-6 * asked.eps:
-            raise ValueError(f"table {table.name!r} asks for eps {asked.eps}, but FBGEMM has {table.eps}")
+        asked = _asked(table.name, tables[table.name])
+        if table.optimizer != asked.optimizer:
+            raise ValueError(f"table {table.name!r} asks for {asked.optimizer}, but {table.optimizer} runs")
+        for setting in ("lr", "eps", "betas", "weight_decay", "weight_decay_mode", "max_gradient"):
+            want, have = getattr(asked, setting), getattr(table, setting)
+            # FBGEMM keeps some of them in float32.
+            if not (math.isclose(want, have, rel_tol=1e-6) if isinstance(want, float) else want == have):
+                raise ValueError(f"table {table.name!r} asks for {setting} {want}, but {have} is in force")
     return found
+
+
+def _asked(name: str, table: TableConfig) -> FusedTable:
+    return FusedTable(
+        name=name,
+        optimizer=_FUSED[table.optimizer][1].name,
+        lr=table.lr,
+        eps=0.0 if table.optimizer == "sgd" else table.eps,
+        betas=table.betas if table.is_adam else (0.0, 0.0),
+        weight_decay=table.weight_decay,
+        weight_decay_mode=table.weight_decay_mode if table.weight_decay else "none",
+        max_gradient=math.inf if table.max_gradient is None else table.max_gradient,
+    )
 
 
 class JoinedOptimizer(CombinedOptimizer):
@@ -248,13 +317,13 @@ def build_optimizer(
     twice = [a.name for a in routing if a.optimizer != "sparse" and a.name not in dense]
     if twice:
         raise ValueError(
-            f"an override gives {twice} to a dense optimizer, but the backward pass trains them already; write "
+            f"an override gives {twice} to a dense optimizer, but that of their table trains them already; write "
             "patterns that match no table"
         )
     routed = {where: {a.name: dense[a.name] for a in routing if a.optimizer == where} for where in ("muon", "adamw")}
     splits = {a.name: a.split for a in routing if a.split is not None}
 
-    parts: dict[str, KeyedOptimizer] = {"tables": model.fused_optimizer}
+    parts: dict[str, KeyedOptimizer] = {"tables": _table_optimizer(model)}
     if routed["muon"] and muon is not None:
         parts["muon"] = DenseOptimizer(routed["muon"], lambda named: DistributedMuon(named, splits=splits, **muon))
     elif routed["muon"]:
@@ -308,7 +377,7 @@ def table_rule(model: nn.Module) -> Callable[[nn.Module, str], Role | None]:
 
     def rule(module: nn.Module, parameter_name: str) -> Role | None:
         if id(getattr(module, parameter_name)) in tables:
-            return Role("sparse", "rows of a table, updated in the backward pass")
+            return Role("sparse", "rows of a table, updated by the optimizer of the table")
         return None
 
     return rule
@@ -334,12 +403,30 @@ def _table_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
             yield from ((name, table.weight) for name, table in module.embedding_bags.items())
 
 
-def _kernels(model: nn.Module) -> Iterator[BaseBatchedEmbedding | BaseBatchedEmbeddingBag]:
-    for module in model.modules():
+def _table_optimizer(model: DistributedModelParallel) -> KeyedOptimizer:
+    """What TorchRec has fused, our row-wise Adam beside it, and the step count of every Adam in its state."""
+    parts: list[tuple[str, KeyedOptimizer]] = [("", model.fused_optimizer)]
+    for path, kernel in _kernels(model.module):
+        table_batch = kernel.emb_module
+        if isinstance(table_batch, RowwiseAdamTables):
+            optimizer: KeyedOptimizer = RowwiseAdam(kernel.config, table_batch, kernel._pg)
+            parts.append((path, optimizer))
+        elif isinstance(kernel, BatchedFusedEmbedding | BatchedFusedEmbeddingBag) and table_batch.optimizer in _ADAM:
+            optimizer = kernel.fused_optimizer
+        else:
+            continue
+        for key, weight in optimizer.params.items():
+            # TorchRec leaves it out, and a resumed Adam would correct its moments as if they were new.
+            optimizer.state[weight][f"{key.split('.')[-2]}.iter"] = table_batch.iter
+    return CombinedOptimizer(parts)
+
+
+def _kernels(model: nn.Module) -> Iterator[tuple[str, BaseBatchedEmbedding | BaseBatchedEmbeddingBag]]:
+    for path, module in model.named_modules():
         if isinstance(module, ShardedEmbeddingModule):
             for lookup in module._lookups:  # data-parallel ones are wrapped by DDP
                 yield from (
-                    part
+                    (path, part)
                     for part in lookup.modules()
                     if isinstance(part, BaseBatchedEmbedding | BaseBatchedEmbeddingBag)
                 )

@@ -31,7 +31,8 @@ from torchrec.distributed.planner.types import (
 from torchrec.distributed.types import EnumerableShardingSpec, ModuleSharder, ShardedModule, ShardingEnv, ShardingPlan
 
 from muonrec.embeddings.fused import fuse_optimizers
-from muonrec.embeddings.tables import Sharding, TableConfig
+from muonrec.embeddings.rowwise_adam import install_rowwise_adam
+from muonrec.embeddings.tables import TableConfig
 from muonrec.mesh import Ranks
 
 logger = logging.getLogger(__name__)
@@ -62,41 +63,48 @@ def shard_model(
         ValueError: tables without settings, settings without a table, or no plan that satisfies them.
     """
     fuse_optimizers(model, tables)
-    plan = make_plan(
-        model, {name: table.sharding for name, table in tables.items()}, ranks=ranks, batch_size=batch_size
-    )
+    plan = make_plan(model, tables, ranks=ranks, batch_size=batch_size)
     wrapper = DefaultDataParallelWrapper() if dense == "ddp" else FSDP2Wrapper()
     sharded = DistributedModelParallel(
         model, device=ranks.device, plan=plan, sharders=_sharders(), data_parallel_wrapper=wrapper
     )
+    install_rowwise_adam(sharded, _without_fbgemm(tables, ranks))
     return sharded, plan
 
 
 def make_plan(
-    model: nn.Module, sharding: Mapping[str, Sharding], *, ranks: Ranks, batch_size: int, hbm_bytes: int | None = None
+    model: nn.Module,
+    tables: Mapping[str, TableConfig],
+    *,
+    ranks: Ranks,
+    batch_size: int,
+    hbm_bytes: int | None = None,
 ) -> ShardingPlan:
     """TorchRec's plan for ``model`` under one constraint per table; the same on every rank without talking.
 
     Raises:
         ValueError: the constraint cannot be met; says which table, and what works instead.
     """
-    for name, choice in sharding.items():
-        if choice == "data_parallel" and ranks.device.type == "cpu":
+    on_cpu = ranks.device.type == "cpu"
+    constraints = {}
+    for name, table in tables.items():
+        if on_cpu and table.sharding == "data_parallel":
             raise ValueError(
                 f"table {name!r} asks for data_parallel, whose CPU kernel gives wrong shapes for an "
                 "EmbeddingCollection (FBGEMM 1.8); use row_wise, table_wise or column_wise"
             )
-    constraints = {
-        name: ParameterConstraints(
-            sharding_types=_SHARDED if choice == "auto" else [choice],
-            # Without this the planner may pick a dense kernel, and the fused optimizer would never run.
-            compute_kernels=[
-                EmbeddingComputeKernel.DENSE.value if choice == "data_parallel" else EmbeddingComputeKernel.FUSED.value
-            ],
+        if on_cpu and table.optimizer == "adam":
+            raise ValueError(
+                f"table {name!r} asks for adam, which FBGEMM has on CUDA only; use partial_rowwise_adam, which trains "
+                "on a CPU too, or rowwise_adagrad"
+            )
+        # Without a kernel the planner may pick a dense one, and the fused optimizer would never run.
+        kernel = EmbeddingComputeKernel.DENSE if table.sharding == "data_parallel" else EmbeddingComputeKernel.FUSED
+        constraints[name] = ParameterConstraints(
+            sharding_types=_SHARDED if table.sharding == "auto" else [table.sharding],
+            compute_kernels=[kernel.value],
             pooling_factors=[1.0],
         )
-        for name, choice in sharding.items()
-    }
     if hbm_bytes is None and ranks.device.type == "cuda":
         hbm_bytes = torch.cuda.get_device_properties(ranks.device).total_memory  # TorchRec would assume 32 GB
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.num_ranks))
@@ -113,11 +121,22 @@ def make_plan(
     )
     try:
         # plan(), not collective_plan(): a failure of the latter raises on rank 0 and leaves the others waiting.
-        return planner.plan(model, _sharders())
+        plan = planner.plan(model, _sharders())
     except (PlannerError, RuntimeError) as error:
+        asked = {name: table.sharding for name, table in tables.items()}
         raise ValueError(
-            f"no sharding plan for {dict(sharding)} on {ranks.num_ranks} ranks of {ranks.device.type}: {error}"
+            f"no sharding plan for {asked} on {ranks.num_ranks} ranks of {ranks.device.type}: {error}"
         ) from error
+    for module_plan in plan.plan.values():
+        for name in _without_fbgemm(tables, ranks) & module_plan.keys():  # type: ignore[attr-defined]
+            # Only now: the planner takes a dense kernel to mean a replicated table.
+            module_plan[name].compute_kernel = EmbeddingComputeKernel.DENSE.value  # type: ignore[index]
+    return plan
+
+
+def _without_fbgemm(tables: Mapping[str, TableConfig], ranks: Ranks) -> set[str]:
+    """The tables that train by `muonrec.embeddings.rowwise_adam`."""
+    return {name for name, table in tables.items() if ranks.device.type == "cpu" and table.is_adam}
 
 
 def format_plan(plan: ShardingPlan) -> str:

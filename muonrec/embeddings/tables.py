@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.modules.embedding_configs import EmbeddingConfig
@@ -15,7 +15,9 @@ from torchrec.modules.embedding_modules import EmbeddingCollection
 from muonrec.batch import CANDIDATES, HISTORY, TARGETS
 from muonrec.config import Config
 
-SparseOptimizer = Literal["rowwise_adagrad", "adagrad", "sgd"]
+SparseOptimizer = Literal["rowwise_adagrad", "adagrad", "sgd", "partial_rowwise_adam", "adam"]
+WeightDecayMode = Literal["decoupled", "l2"]
+Beta = Annotated[float, Field(ge=0, lt=1)]
 Sharding = Literal["auto", "row_wise", "table_wise", "column_wise", "data_parallel"]
 
 # Rows are drawn in blocks of this many, each from a generator of its own, so that a shard draws only what it needs.
@@ -26,9 +28,17 @@ class TableConfig(Config):
     """How one table is initialised, sharded and updated.
 
     Args:
-        optimizer: fused into the backward pass; FBGEMM's EXACT_ROWWISE_ADAGRAD, EXACT_ADAGRAD or EXACT_SGD.
+        optimizer: by FBGEMM inside the backward pass: ``rowwise_adagrad``, ``adagrad``, ``sgd``, and on CUDA
+            ``partial_rowwise_adam`` (one second moment per row) and ``adam``. On a CPU, where FBGEMM has neither,
+            ``partial_rowwise_adam`` is ours, see `muonrec.embeddings.rowwise_adam`, and ``adam`` is refused.
         lr: its learning rate; there is no default, since none fits every table.
-        eps: added to the root of Adagrad's sum.
+        eps: added to the root of Adagrad's sum, or of Adam's second moment.
+        betas: Adam's; for the first and the second moment.
+        weight_decay: of the rows a batch touches, which is all that FBGEMM knows; by row-wise Adagrad and Adam.
+        weight_decay_mode: ``decoupled`` shrinks the row by lr x weight_decay; ``l2`` adds weight_decay x row to the
+            gradient, by row-wise Adagrad alone.
+        max_gradient: each element of the gradient of a looked-up row is clamped to this size, before those of one row
+            are added up; None to leave it alone.
         sharding: ``auto`` leaves the choice to TorchRec's planner.
         init_std: standard deviation of the normal the rows are drawn from.
     """
@@ -36,8 +46,30 @@ class TableConfig(Config):
     optimizer: SparseOptimizer = "rowwise_adagrad"
     lr: float = Field(gt=0)
     eps: float = Field(default=1e-8, gt=0)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
+    weight_decay: float = Field(default=0.0, ge=0)
+    weight_decay_mode: WeightDecayMode = "decoupled"
+    max_gradient: float | None = Field(default=None, gt=0)
     sharding: Sharding = "auto"
     init_std: float = Field(default=0.02, ge=0)
+
+    @property
+    def is_adam(self) -> bool:
+        """Whether the rows have two moments."""
+        return self.optimizer in ("partial_rowwise_adam", "adam")
+
+    @model_validator(mode="after")
+    def _nothing_ignored(self) -> TableConfig:
+        if self.weight_decay and self.optimizer in ("adagrad", "sgd"):
+            raise ValueError(
+                f"weight_decay {self.weight_decay:g} would be ignored: FBGEMM's {self.optimizer} has none; use "
+                "optimizer rowwise_adagrad or partial_rowwise_adam, or leave weight_decay at 0"
+            )
+        if self.weight_decay and self.weight_decay_mode == "l2" and self.is_adam:
+            raise ValueError(f"FBGEMM's {self.optimizer} knows decoupled decay only; use weight_decay_mode decoupled")
+        if self.betas != type(self).model_fields["betas"].default and not self.is_adam:
+            raise ValueError(f"betas {self.betas} would be ignored by {self.optimizer}; they are for Adam")
+        return self
 
 
 def item_table(num_items: int, embedding_dim: int) -> EmbeddingCollection:

@@ -1,6 +1,7 @@
 """Readers: one schema from every format, and errors that name file and row."""
 
 import gzip
+import json
 from datetime import datetime
 from pathlib import Path
 
@@ -11,11 +12,15 @@ import pytest
 from muonrec.data.events import (
     EVENT_SCHEMA,
     READERS,
+    AmazonSource,
     CsvSource,
+    MovielensSource,
     ParquetSource,
     RecboleSource,
     SequencesSource,
+    read_amazon,
     read_csv,
+    read_movielens,
     read_parquet,
     read_recbole,
     read_sequences,
@@ -97,7 +102,9 @@ def test_parquet_takes_arrow_timestamps_and_dictionaries(tmp_path: Path) -> None
 
 
 def test_readers_are_named_by_format() -> None:
-    assert set(READERS) == {"sequences", "recbole", "csv", "parquet"}
+    assert set(READERS) == {
+        "sequences", "recbole", "csv", "parquet", "amazon_2014", "amazon_2018", "amazon_2023", "movielens",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -110,23 +117,23 @@ def test_readers_are_named_by_format() -> None:
             "log.csv has no column 'user_id', 'timestamp_s'; it has 'user', 'item_id', 'time'",
         ),
         ("user_id,user_id,item_id,timestamp_s\na,b,c,1\n", "column 'user_id' stands twice"),
-        ("user_id,item_id,timestamp_s\nu,i,1\n,i,2\n", "log.csv, row 2: column 'user_id' is empty"),
-        ("user_id,item_id,timestamp_s\nu,,1\n", "log.csv, row 1: column 'item_id' is empty"),
+        ("user_id,item_id,timestamp_s\nu,i,1\n,i,2\n", "log.csv, line 3: column 'user_id' is empty"),
+        ("user_id,item_id,timestamp_s\nu,,1\n", "log.csv, line 2: column 'item_id' is empty"),
         (
             "user_id,item_id,timestamp_s\nu,i,1\nu,i,noon\n",
-            "log.csv, row 2: column 'timestamp_s' is 'noon', expected a number",
+            "log.csv, line 3: column 'timestamp_s' is 'noon', expected a number",
         ),
         (
             "user_id,item_id,timestamp_s\nu,i,1.5\nu,i,nan\n",
-            "log.csv, row 2: column 'timestamp_s' is 'nan', expected a number",
+            "log.csv, line 3: column 'timestamp_s' is 'nan', expected a number",
         ),
-        ("user_id,item_id,timestamp_s\nu,i,\n", "log.csv, row 1: column 'timestamp_s' is '', expected a number"),
-        ("user_id,item_id,timestamp_s\nu,i,-4\n", "log.csv, row 1: column 'timestamp_s' is '-4', .* not before"),
+        ("user_id,item_id,timestamp_s\nu,i,\n", "log.csv, line 2: column 'timestamp_s' is empty; drop the row"),
+        ("user_id,item_id,timestamp_s\nu,i,-4\n", "log.csv, line 2: column 'timestamp_s' is '-4', .* not before"),
         (
             "user_id,item_id,timestamp_s\nu,i,1600000000000\n",
-            "row 1: .* looks like milliseconds though s was stated; set data.source.timestamp_unit: ms",
+            "line 2: .* looks like milliseconds though s was stated; set data.source.timestamp_unit: ms",
         ),
-        ("user_id,item_id,timestamp_s\nu,i\n", "log.csv cannot be read: .*Expected 3 columns, got 2"),
+        ("user_id,item_id,timestamp_s\nu,i\n", "log.csv, line 2: has 2 fields, expected 3"),
     ],
 )
 def test_csv_refuses_naming_file_and_row(tmp_path: Path, text: str, message: str) -> None:
@@ -167,10 +174,10 @@ def test_sequence_files_refuse_naming_the_line(tmp_path: Path, text: str, messag
             {"user_id": [1.5], "item_id": ["i"], "timestamp_s": [1]},
             "column 'user_id' is double, but ids are strings or integers",
         ),
-        ({"user_id": [None, "u"], "item_id": ["i", "i"], "timestamp_s": [1, 1]}, "row 1: column 'user_id' is empty"),
+        ({"user_id": [None, "u"], "item_id": ["i", "i"], "timestamp_s": [1, 1]}, "line 1: column 'user_id' is empty"),
         (
             {"user_id": ["u", "u"], "item_id": ["i", "i"], "timestamp_s": [1, None]},
-            "row 2: .* is None, expected a time",
+            "line 2: column 'timestamp_s' is empty",
         ),
         ({"user_id": ["u"], "item_id": ["i"]}, "has no column 'timestamp_s'; it has 'user_id', 'item_id'"),
         (
@@ -188,3 +195,90 @@ def test_parquet_refuses_naming_file_and_row(tmp_path: Path, columns: dict, mess
 def test_a_text_file_is_no_parquet_file(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"is no Parquet file .* set data.source.format to what it is"):
         read_parquet(ParquetSource(format="parquet", path=write(tmp_path / "a.parquet", "user_id,item_id\n" * 3)))
+
+
+EVENTS = [("A1", "0205616461", 1_369_699_200), ("A2", "B00", 1_355_443_200), ("A1", "B01", 1_404_691_200)]
+
+
+def events_of(reader: pa.RecordBatchReader) -> list[tuple]:
+    table = reader.read_all()
+    assert table.schema == EVENT_SCHEMA
+    return [tuple(row.values())[:3] for row in table.to_pylist()]
+
+
+def json_lines(user: str, item: str, time: str, unit: int = 1) -> str:
+    # Reviews carry more than is read, nested fields and non-ASCII text among it.
+    more = {"style": {"Size:": "5\u2033"}, "image": ["a.jpg"], "overall": 5.0, "reviewText": "d\u00e9j\u00e0 {vu}\n"}
+    return "".join(json.dumps({user: u, **more, item: i, time: t * unit}) + "\n" for u, i, t in EVENTS)
+
+
+AMAZON_FILES = {
+    ("amazon_2014", "ratings_Beauty.csv"): "".join(f"{u},{i},5.0,{t}\n" for u, i, t in EVENTS),
+    ("amazon_2014", "reviews_Beauty_5.json"): json_lines("reviewerID", "asin", "unixReviewTime"),
+    ("amazon_2018", "All_Beauty.csv"): "".join(f"{i},{u},5.0,{t}\n" for u, i, t in EVENTS),
+    ("amazon_2018", "All_Beauty_5.json"): json_lines("reviewerID", "asin", "unixReviewTime"),
+    ("amazon_2023", "All_Beauty.csv"): "user_id,parent_asin,rating,timestamp\n"
+    + "".join(f"{u},{i},5.0,{t * 1000 + 7}\n" for u, i, t in EVENTS),
+    ("amazon_2023", "All_Beauty.jsonl"): json_lines("user_id", "parent_asin", "timestamp", 1000),
+}
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(("year", "name"), AMAZON_FILES)
+def test_every_amazon_file_gives_the_same_events(tmp_path: Path, year: str, name: str, packed: bool) -> None:
+    content = AMAZON_FILES[year, name].encode()
+    path = tmp_path / (name + ".gz" * packed)
+    path.write_bytes(gzip.compress(content) if packed else content)
+    assert events_of(read_amazon(AmazonSource(format=year, path=str(path)))) == EVENTS
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("ratings.csv", "userId,movieId,rating,timestamp\n1,31,2.5,1260759144\n15,1029,3.0,1260759179\n"),
+        ("ratings.dat", "1::31::2.5::1260759144\n15::1029::3::1260759179\n"),
+        ("u.data", "1\t31\t3\t1260759144\n15\t1029\t3\t1260759179"),
+    ],
+)
+def test_every_movielens_file_gives_the_same_events(tmp_path: Path, name: str, text: str) -> None:
+    source = MovielensSource(format="movielens", path=write(tmp_path / name, text))
+    assert events_of(read_movielens(source)) == [("1", "31", 1_260_759_144), ("15", "1029", 1_260_759_179)]
+
+
+def test_a_file_whose_name_says_nothing_is_refused(tmp_path: Path) -> None:
+    source = MovielensSource(format="movielens", path=write(tmp_path / "ratings.txt.gz", "1::2::3::4\n"))
+    with pytest.raises(ValueError, match=r"ratings.txt.gz ends in none of \.csv, \.dat, \.data"):
+        read_movielens(source)
+
+
+@pytest.mark.parametrize("block_bytes", [16, 64, 2**24])
+@pytest.mark.parametrize("ends", ["\n", "\r\n"])
+def test_blocks_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block_bytes: int, ends: str) -> None:
+    rows = [f'u{row % 7},"note {row}{ends}and ""more""",i{row},{row}' for row in range(200)]
+    path = tmp_path / "log.csv"
+    path.write_bytes(ends.join(["user_id,note,item_id,timestamp_s", *rows]).encode("utf-8-sig"))
+    monkeypatch.setattr("muonrec.data.events._BLOCK_BYTES", block_bytes)
+    found = events_of(read_csv(CsvSource(format="csv", path=str(path))))
+    assert found == [(f"u{row % 7}", f"i{row}", row) for row in range(200)]
+
+
+def test_a_time_means_the_same_whatever_stands_beside_it(tmp_path: Path) -> None:
+    texts = ["5", "0005", "5.9", "5e0", "123456789"]
+    alone = [
+        events_of(read_csv(csv_source(tmp_path, f"user_id,item_id,timestamp_s\nu,i,{text}\n")))[0][2] for text in texts
+    ]
+    together = csv_source(tmp_path, "user_id,item_id,timestamp_s\n" + "".join(f"u,i,{text}\n" for text in texts))
+    assert [time for _, _, time in events_of(read_csv(together))] == alone == [5, 5, 5, 5, 123456789]
+
+
+@pytest.mark.parametrize("block_bytes", [64, 2**24])
+def test_a_quote_inside_a_field_is_part_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block_bytes: int
+) -> None:
+    rows = [f"u{row},{'5 inch screen' if row % 50 else chr(34) + 'x' + chr(34)},i{row},{row}" for row in range(200)]
+    rows[20] = 'u20,5" screen,i20,20'
+    path = write(tmp_path / "log.csv", "\n".join(["user_id,note,item_id,timestamp_s", *rows]))
+    monkeypatch.setattr("muonrec.data.events._BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr("muonrec.data.events._MAX_LINE_BYTES", 1000)
+    found = events_of(read_csv(CsvSource(format="csv", path=path)))
+    assert found == [(f"u{row}", f"i{row}", row) for row in range(200)]

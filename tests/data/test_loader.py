@@ -13,7 +13,7 @@ from muonrec.data.loader import (
     TrainingBatches,
     check_ids,
     evaluation_batches,
-    evaluation_users,
+    evaluation_targets,
     length_groups,
     prefetched,
     seen_items,
@@ -165,7 +165,7 @@ def test_every_rank_evaluates_as_many_batches_and_together_every_user_once(part,
     ]
     assert len({len(batches) for batches in per_rank}) == 1
     users = [user for batches in per_rank for batch in batches for user in batch.user_ids.tolist()]
-    assert sorted(users) == evaluation_users(SEQUENCES, part).tolist()
+    assert sorted(users) == evaluation_targets(SEQUENCES, part).tolist()
 
 
 def test_the_test_history_contains_the_validation_item_and_not_the_target():
@@ -228,3 +228,34 @@ def test_a_data_set_without_anything_to_learn_is_refused():
     empty = dataclasses.replace(SEQUENCES, num_train=np.ones_like(SEQUENCES.num_train))
     with pytest.raises(ValueError, match="no user has two training events"):
         loader(sequences=empty)
+
+
+@pytest.mark.parametrize("part", ["valid", "test"])
+@pytest.mark.parametrize("num_ranks", [1, 3])
+def test_every_target_of_a_user_is_evaluated_once_with_the_history_before_it(part, num_ranks):
+    lengths = np.diff(SEQUENCES.offsets)
+    generator = np.random.default_rng(4)
+    num_train = generator.integers(0, lengths - 1)
+    num_valid = generator.integers(0, lengths - num_train + 1)
+    several = dataclasses.replace(
+        SEQUENCES, num_train=num_train, num_valid=num_valid, num_test=lengths - num_train - num_valid, all_targets=True
+    )
+    found = []
+    for rank in range(num_ranks):
+        for batch in evaluation_batches(several, part, max_length=20, batch_size=64, ranks=ranks(rank, num_ranks)):
+            users, places = several.locate(batch.user_ids.numpy(), part)
+            seen, seen_lengths = seen_items(several, batch.user_ids.numpy(), part)
+            assert seen_lengths.tolist() == places.tolist() and len(seen) == places.sum()
+            histories = batch.features[HISTORY].values().split(batch.features[HISTORY].lengths().tolist())
+            for user, place, label, history in zip(users, places, batch.labels.tolist(), histories):
+                sequence = SEQUENCES.values[SEQUENCES.offsets[user] :][: lengths[user]].tolist()
+                assert label == sequence[place] and history.tolist() == sequence[:place][-20:]
+                found.append((user, place))
+    before = num_train + (num_valid if part == "test" else 0)
+    held_out = num_valid if part == "valid" else lengths - num_train - num_valid
+    expected = [
+        (user, place)
+        for user in range(len(lengths))
+        for place in range(max(before[user], 1), before[user] + held_out[user])
+    ]
+    assert sorted(found) == expected

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from muonrec.data.events import EVENT_SCHEMA
-from muonrec.data.sequences import EventStore, GlobalTimeSplit, LeaveOneOut
+from muonrec.data.sequences import EventStore, GlobalTimeSplit, LeaveOneOut, RatioSplit
 
 Event = tuple[str, str, int | None, int]  # user, item, timestamp_s, source_row
 
@@ -27,17 +27,22 @@ def run(
     events: list[Event],
     *,
     k_core: int = 0,
-    split: LeaveOneOut | GlobalTimeSplit = LeaveOneOut(),  # noqa: B008
+    split: LeaveOneOut | GlobalTimeSplit | RatioSplit = LeaveOneOut(),  # noqa: B008
     ties: str = "shuffle",
+    repeats: str = "keep",
     seed: int = 0,
 ) -> dict[str, dict]:
     """By raw user id: ``items`` (raw, in order), ``times`` and the ``parts`` counts."""
     with tempfile.TemporaryDirectory() as folder, EventStore(Path(folder), memory_limit="512MiB") as store:
         store.load(reader_of(events))
         store.drop_duplicates()
+        if repeats == "drop_later":
+            store.drop_repeats()
+        if ties == "drop":
+            store.drop_ties()
         store.keep_core(k_core)
         store.build_vocabularies()
-        store.split(split)
+        store.split(split, ties=ties, seed=seed)
         table = store.ordered(ties=ties, seed=seed, num_shards=3).read_all()
         names = {
             kind: dict(zip(*(column.to_pylist() for column in store.vocabulary(kind).read_all().columns), strict=True))
@@ -55,12 +60,20 @@ def run(
 
 
 def run_in_plain_python(
-    events: list[Event], *, k_core: int, ties: str, seed: int, cuts: tuple[int, int] | None
+    events: list[Event], *, k_core: int, ties: str, seed: int, cuts: tuple[int, int] | None, repeats: str = "keep"
 ) -> dict[str, dict]:
     distinct: dict[tuple, Event] = {}
     for event in sorted(events, key=lambda event: event[3]):
         distinct.setdefault(event[:3] if event[2] is not None else event, event)
     kept = list(distinct.values())
+    if repeats == "drop_later":
+        first: dict[tuple, Event] = {}
+        for event in sorted(kept, key=lambda event: (event[2] or 0, event[3])):
+            first.setdefault(event[:2], event)
+        kept = list(first.values())
+    if ties == "drop":
+        seconds = Counter((event[0], event[2]) for event in kept)
+        kept = [event for event in kept if event[2] is None or seconds[event[0], event[2]] == 1]
     while True:
         users, items = Counter(event[0] for event in kept), Counter(event[1] for event in kept)
         left = [event for event in kept if users[event[0]] >= k_core and items[event[1]] >= k_core]
@@ -70,7 +83,7 @@ def run_in_plain_python(
 
     def order(event: Event) -> tuple:
         user, item, time, row = event
-        if time is None or ties == "file_order":
+        if time is None or ties != "shuffle":
             return (time or 0, "", row)
         return (time, hashlib.md5(f"{seed}/{user}/{item}/{row}".encode()).hexdigest(), row)
 
@@ -99,12 +112,12 @@ def random_log(seed: int, *, num_events: int = 400, num_seconds: int = 60, timed
 
 
 @pytest.mark.parametrize("timed", [True, False])
-@pytest.mark.parametrize("ties", ["shuffle", "file_order"])
-@pytest.mark.parametrize("k_core", [0, 3, 5])
-def test_order_and_leave_one_out_equal_a_plain_loop(timed: bool, ties: str, k_core: int) -> None:
-    events = random_log(k_core, timed=timed)
-    twin = run_in_plain_python(events, k_core=k_core, ties=ties, seed=7, cuts=None)
-    assert run(events, k_core=k_core, ties=ties, seed=7) == twin
+@pytest.mark.parametrize("ties", ["shuffle", "file_order", "drop"])
+@pytest.mark.parametrize(("k_core", "repeats"), [(0, "keep"), (3, "drop_later"), (5, "keep")])
+def test_order_and_leave_one_out_equal_a_plain_loop(timed: bool, ties: str, k_core: int, repeats: str) -> None:
+    events = random_log(k_core, timed=timed, num_seconds=600)
+    twin = run_in_plain_python(events, k_core=k_core, ties=ties, seed=7, cuts=None, repeats=repeats)
+    assert run(events, k_core=k_core, ties=ties, seed=7, repeats=repeats) == twin
 
 
 def test_global_time_equals_a_plain_loop() -> None:
@@ -257,6 +270,129 @@ def test_a_small_memory_limit_gives_the_same_order() -> None:
         store.drop_duplicates()
         store.keep_core(5)
         store.build_vocabularies()
-        store.split(LeaveOneOut())
+        store.split(LeaveOneOut(), ties="shuffle", seed=0)
         num_events = len(store.ordered(ties="shuffle", seed=0, num_shards=3).read_all())
     assert num_events == sum(len(user["items"]) for user in run(events, k_core=5).values())
+
+
+def samples_cut_in_plain_python(
+    events: list[Event], *, ties: str, seed: int, shares: tuple[float, float]
+) -> tuple[list[tuple], list[tuple], list[tuple]]:
+    """Every (user, history, next item) as a tuple, in order of the next event's time, cut at the ratio."""
+    users = run_in_plain_python(events, k_core=0, ties=ties, seed=seed, cuts=None)
+    keys = {}
+    for user, item, time, row in events:
+        key = (time, hashlib.md5(f"{seed}/{user}/{item}/{row}".encode()).hexdigest() if ties == "shuffle" else "", row)
+        keys[user, item, time] = min(keys.get((user, item, time), key), key, key=lambda key: key[2])
+    samples = [
+        (keys[user, found["items"][place], found["times"][place]], (user, *found["items"][: place + 1]))
+        for user, found in users.items()
+        for place in range(1, len(found["items"]))
+    ]
+    ordered = [sample for _, sample in sorted(samples)]
+    first = int(round((1 - sum(shares)) * len(ordered), 6))
+    second = int(round((1 - shares[1]) * len(ordered), 6))
+    return ordered[:first], ordered[first:second], ordered[second:]
+
+
+def samples_of(users: dict[str, dict]) -> tuple[list[tuple], list[tuple], list[tuple]]:
+    """The samples of each part as the counts of the split tell them: every event of the part that has a history."""
+    parts: tuple[list[tuple], list[tuple], list[tuple]] = ([], [], [])
+    for user, found in users.items():
+        place = 0
+        for part, count in zip(parts, found["parts"], strict=True):
+            part.extend((user, *found["items"][: at + 1]) for at in range(max(place, 1), place + count))
+            place += count
+    return parts
+
+
+@pytest.mark.parametrize("ties", ["shuffle", "file_order"])
+@pytest.mark.parametrize("num_seconds", [5, 60, 5000])
+def test_ratio_equals_cutting_the_list_of_all_samples(ties: str, num_seconds: int) -> None:
+    events = random_log(11, num_seconds=num_seconds)
+    found = samples_of(run(events, split=RatioSplit(), ties=ties, seed=3))
+    twin = samples_cut_in_plain_python(events, ties=ties, seed=3, shares=(0.1, 0.1))
+    assert [sorted(part) for part in found] == [sorted(part) for part in twin]
+    sizes = [len(part) for part in found]
+    assert sizes == [len(part) for part in twin] and sizes[0] > 7 * sizes[1] > 0
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    log=st.lists(st.tuples(st.integers(0, 4), st.integers(0, 6), st.integers(0, 50)), min_size=40, max_size=70),
+    shares=st.sampled_from([(0.1, 0.1), (0.2, 0.1), (0.05, 0.3)]),
+    ties=st.sampled_from(["shuffle", "file_order"]),
+)
+def test_ratio_never_shows_the_future(log: list[tuple[int, int, int]], shares: tuple[float, float], ties: str) -> None:
+    events = [(f"u{u}", f"i{i}", t, row) for row, (u, i, t) in enumerate(log)]
+    events += [("u0", f"early{row}", 0, 1000 + row) for row in range(30)]  # enough that no part is empty
+    events += [(f"u{row % 3}", f"late{row}", 50 + row, 2000 + row) for row in range(30)]
+    split = RatioSplit(valid=shares[0], test=shares[1])
+    times: tuple[list[int], list[int], list[int]] = ([], [], [])
+    for user in run(events, split=split, ties=ties).values():
+        assert user["times"] == sorted(user["times"]), "a history is older than its target"
+        assert sum(user["parts"]) == len(user["items"])
+        ends = np.cumsum(user["parts"])
+        for part, start, end in zip(times, [0, *ends[:-1]], ends, strict=True):
+            part.extend(user["times"][start:end])
+    # Seconds may be shared by the parts at a cut, and no more.
+    assert max(times[0]) <= min(times[1]) and max(times[1]) <= min(times[2])
+
+
+def test_ratio_of_ten_samples_is_eight_one_one() -> None:
+    events = [(f"u{row % 2}", f"i{row}", row, row) for row in range(12)]
+    users = run(events, split=RatioSplit())
+    # 12 events of 2 users are 10 samples; the last is u1's, the one before u0's.
+    assert [users[user]["parts"] for user in ("u0", "u1")] == [(5, 1, 0), (5, 0, 1)]
+
+
+def test_a_user_that_comes_late_has_no_event_in_training() -> None:
+    events = [("old", f"i{row}", row, row) for row in range(20)] + [
+        ("new", f"i{row}", 30 + row, 40 + row) for row in range(3)
+    ]
+    users = run(events, split=RatioSplit(valid=0.1, test=0.1))
+    # 21 samples: 16 train, 2 valid, 3 test. A first event is no sample and goes with the sample that comes next.
+    assert users["new"]["parts"] == (0, 0, 3)
+    assert users["old"]["parts"] == (17, 2, 1)
+
+
+def test_ratio_without_times_is_refused() -> None:
+    with pytest.raises(ValueError, match="split ratio needs times and the source has none"):
+        run(random_log(0, timed=False), split=RatioSplit())
+
+
+def test_a_ratio_that_leaves_a_part_empty_is_refused_with_the_counts() -> None:
+    with pytest.raises(ValueError, match="split ratio gives 3 train, 0 valid, 1 test events, one part is empty"):
+        run([("u", f"i{row}", row, row) for row in range(4)], split=RatioSplit())
+
+
+def test_dropping_repeats_keeps_the_first_event_with_each_item() -> None:
+    events = [("u", "x", 5, 0), ("u", "y", 6, 1), ("u", "x", 7, 2), ("v", "x", 9, 3), ("u", "x", 3, 4)]
+    found = run(events, repeats="drop_later")
+    assert (found["u"]["items"], found["u"]["times"]) == (["x", "y"], [3, 6])
+    assert found["v"]["items"] == ["x"]
+    assert run(events)["u"]["items"] == ["x", "x", "y", "x"]
+
+
+def test_repeats_without_times_are_dropped_in_file_order() -> None:
+    events = [("u", item, None, row) for row, item in enumerate("xyxzy")]
+    assert run(events, repeats="drop_later")["u"]["items"] == ["x", "y", "z"]
+
+
+def test_dropping_ties_leaves_events_whose_place_is_known() -> None:
+    events = [("u", "x", 5, 0), ("u", "y", 5, 1), ("u", "z", 6, 2), ("v", "x", 5, 3)]
+    found = run(events, ties="drop")
+    assert found["u"]["items"] == ["z"] and found["v"]["items"] == ["x"]
+
+
+@settings(max_examples=10, deadline=None)
+@given(log=st.lists(st.tuples(st.integers(0, 3), st.integers(0, 5), st.integers(0, 30)), min_size=10, max_size=40))
+def test_with_ties_dropped_neither_seed_nor_file_order_moves_anything(log: list[tuple[int, int, int]]) -> None:
+    events = [(f"u{u}", f"i{i}", t, row) for row, (u, i, t) in enumerate(log)] + [("u0", "last", 99, 99)]
+    reversed_file = [(*event[:3], 100 - event[3]) for event in events]
+    assert run(events, ties="drop", seed=1) == run(reversed_file, ties="drop", seed=2)
+
+
+def test_a_log_of_ties_only_cannot_drop_them() -> None:
+    with pytest.raises(ValueError, match="ties=drop leaves no event: all 2 share user and second with another; use"):
+        run([("u", "x", 5, 0), ("u", "y", 5, 1)], ties="drop")

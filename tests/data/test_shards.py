@@ -1,5 +1,6 @@
 """Shards and manifest: what is written is read back, damage is named, a folder is replaced whole or not at all."""
 
+import dataclasses
 import json
 import signal
 import subprocess
@@ -21,11 +22,12 @@ from muonrec.data.shards import (
     read_manifest,
     replaced_folder,
     shard_name,
-    target_places,
+    target_spans,
     verify_dataset,
     write_shards,
 )
 from pipeline.data import DataConfig, build_dataset
+from tests.made_up import made_up_sequences
 
 LOG = {  # by user: (item, second); the file is written in another order
     "ann": [("x", 1), ("y", 2), ("z", 3), ("x", 4)],
@@ -137,10 +139,30 @@ def test_a_stream_out_of_order_is_refused(tmp_path: Path, users: list[int], rows
 
 def test_a_target_is_the_first_event_of_its_part_after_some_history() -> None:
     num_train, num_valid, num_test = np.array([[2, 0, 0, 3], [1, 2, 0, 0], [1, 1, 2, 0]], dtype=np.int32)
-    assert target_places(num_train, num_valid, num_test, "valid").tolist() == [2, -1, -1, -1]
-    assert target_places(num_train, num_valid, num_test, "test").tolist() == [3, 2, -1, -1]
+    sequences = dataclasses.replace(
+        made_up_sequences(num_users=4), num_train=num_train, num_valid=num_valid, num_test=num_test
+    )
+    assert sequences.targets("valid").tolist() == [2, -1, -1, -1]
+    assert sequences.targets("test").tolist() == [3, 2, -1, -1]
     with pytest.raises(ValueError, match="part 'train' has no evaluation targets; ask for 'valid' or 'test'"):
-        target_places(num_train, num_valid, num_test, "train")
+        target_spans(num_train, num_valid, num_test, "train", all_targets=False)
+
+
+def test_all_targets_are_the_events_of_the_part_after_some_history() -> None:
+    num_train, num_valid, num_test = np.array([[2, 0, 0, 3, 0], [1, 3, 0, 0, 1], [1, 1, 2, 0, 1]], dtype=np.int32)
+    lengths = num_train + num_valid + num_test
+    sequences = dataclasses.replace(
+        made_up_sequences(num_users=5), num_train=num_train, num_valid=num_valid, num_test=num_test,
+        offsets=np.concatenate([[0], np.cumsum(lengths)]), all_targets=True,
+    )  # fmt: skip
+    for part, expected in {
+        "valid": [(0, 2), (1, 1), (1, 2)],
+        "test": [(0, 3), (1, 3), (2, 1), (4, 1)],
+    }.items():
+        ids = sequences.target_ids(part)
+        rows, places = sequences.locate(ids, part)
+        assert list(zip(rows.tolist(), places.tolist(), strict=True)) == expected
+        assert ids.tolist() == [int(sequences.offsets[row]) + place for row, place in expected]
 
 
 def test_targets_of_a_data_set_are_counted_in_its_manifest(tmp_path: Path) -> None:
@@ -171,7 +193,7 @@ def test_a_damaged_manifest_is_refused(tmp_path: Path) -> None:
     tree = json.loads((folder / MANIFEST).read_text())
     for text, message in [
         ("{", "is damaged"),
-        (json.dumps({**tree, "schema_version": 99}), "has schema version 99, this muonrec reads 1"),
+        (json.dumps({**tree, "schema_version": 99}), "has schema version 99, this muonrec reads 2"),
         (json.dumps({**tree, "num_items": "many"}), "is damaged at num_items"),
         ("[]", "has schema version None"),
     ]:

@@ -27,8 +27,8 @@ def one_step(dmp, optimizer, step=0, kind="full_softmax"):
     optimizer.step()
 
 
-def effect_of_the_schedule(sharding):
-    dmp, _ = sharded(sharding=sharding)
+def effect_of_the_schedule(sharding, optimizer_name):
+    dmp, _ = sharded(sharding=sharding, optimizer=optimizer_name)
     optimizer = joined(dmp)
     moved = []
     for factor in (0.0, 1.0, 0.0, 0.5):
@@ -40,8 +40,9 @@ def effect_of_the_schedule(sharding):
 
 
 @pytest.mark.parametrize("sharding", ["row_wise", "table_wise"])  # table_wise: one rank has no table
-def test_a_schedule_of_the_tables_reaches_fbgemm(sharding):
-    for moved in run_on_ranks(2, effect_of_the_schedule, sharding):
+@pytest.mark.parametrize("optimizer_name", ["rowwise_adagrad", "partial_rowwise_adam"])
+def test_a_schedule_of_the_tables_reaches_their_kernels(sharding, optimizer_name):
+    for moved in run_on_ranks(2, effect_of_the_schedule, sharding, optimizer_name):
         assert moved[0] == 0.0
         assert moved[1] > 0.01
         assert moved[2] == 0.0

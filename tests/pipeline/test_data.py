@@ -7,12 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import yaml
 
 import pipeline.data
 from muonrec.data.events import CsvSource, read_csv
-from muonrec.data.shards import MANIFEST, load_sequences, read_manifest
+from muonrec.data.shards import ITEMS, MANIFEST, USERS, load_sequences, read_manifest
 from pipeline.data import DataConfig, build_dataset, check_same_data, load_data_config, main
 
 SYNTHETIC = {"format": "synthetic", "num_users": 60, "num_items": 40, "num_clusters": 4, "events_per_user": 8}
@@ -190,7 +192,20 @@ def test_the_command_ends_with_counts_and_a_rate(tmp_path: Path, heard: pytest.L
         ),
         ({"memory_limit": "lots"}, [], "memory_limit: String should match pattern"),
         ({"memory_limit": "1MiB"}, [], "memory_limit 1MiB is too small for this log; raise data.memory_limit"),
-        ({"ties": "item_id"}, [], "ties: Input should be 'shuffle' or 'file_order'"),
+        ({"ties": "item_id"}, [], "ties: Input should be 'shuffle', 'file_order' or 'drop'"),
+        ({"max_rejected_share": 2}, [], "max_rejected_share: Input should be less than or equal to 1"),
+        ({"repeats": "drop"}, [], "repeats: Input should be 'keep' or 'drop_later'"),
+        (
+            {"split": {"name": "ratio", "valid": 0.5, "test": 0.5}},
+            [],
+            "valid 0.5 + test 0.5 leave no event to train on",
+        ),
+        ({"extends": "nothing"}, [], "nothing is not a data set: it does not exist"),
+        (
+            {"source": {"format": "movielens", "path": "no/ratings.txt", "download": "ratings.csv"}},
+            [],
+            "data.source.path no/ratings.txt is to hold ratings.csv: let it end in '.csv' too",
+        ),
         ({}, ["data.k_core=1000"], "k_core=1000 leaves no event"),
         ({}, ["data.num_shards"], "override 'data.num_shards' is not of the form key=value"),
         ({}, ["data.source={format: csv"], "is not valid YAML after '='"),
@@ -245,3 +260,119 @@ def test_reading_files_knows_how_far_it_is(tmp_path: Path, monkeypatch: pytest.M
     assert 0 < shares[0] <= 1 and shares[-1] == 1
     if not suffix:
         assert shares[0] < 0.9, "the reader is only a few blocks ahead"
+
+
+def csv_log(tmp_path: Path, rows: list[str], name: str = "log.csv") -> dict:
+    (tmp_path / name).write_text("\n".join(["user_id,item_id,timestamp_s", *rows]) + "\n")
+    return {"format": "csv", "path": str(tmp_path / name)}
+
+
+def test_rejected_rows_are_counted_listed_and_left_out(tmp_path: Path, heard: pytest.LogCaptureFixture) -> None:
+    good = [f"u{row % 9},i{row % 7},{row}" for row in range(97)]
+    source = csv_log(tmp_path, [*good, "u,i,noon", ",i,5", "u,i,soon"])
+    manifest = build_dataset(config(tmp_path, source=source, max_rejected_share=0.03))
+    assert manifest.num_rejected_by_kind == {"time_not_a_number": 2, "no_user_id": 1}
+    assert manifest.num_source_events == 97
+    rejected = pq.read_table(tmp_path / "data.rejected.parquet").to_pylist()
+    assert [row["line"] for row in rejected] == [99, 100, 101]
+    assert "3 rows were no events (1 no_user_id, 2 time_not_a_number): listed in" in heard.text
+    build_dataset(config(tmp_path, source=csv_log(tmp_path, good)))
+    assert not (tmp_path / "data.rejected.parquet").exists()
+
+
+def test_too_many_rejected_rows_stop_the_run_and_leave_the_data_set_before_it(
+    tmp_path: Path, heard: pytest.LogCaptureFixture
+) -> None:
+    first = build_dataset(config(tmp_path))
+    source = csv_log(tmp_path, [f"u,i{row},{row}" for row in range(998)] + ["u,i", "u,i"])
+    assert main([yaml_file(tmp_path, source=source)]) == 1
+    assert "2 of 1000 rows are no events, more than max_rejected_share 0.001 allows" in heard.text
+    assert f"2 wrong_number_of_fields, such as {tmp_path / 'log.csv'}, line 1000: has 2 fields" in heard.text
+    assert pq.read_table(tmp_path / "data.rejected.parquet").num_rows == 2
+    assert read_manifest(tmp_path / "data") == first
+
+
+def test_the_ratio_split_gives_every_sample_and_names_its_protocol(tmp_path: Path) -> None:
+    manifest = build_dataset(config(tmp_path, split="ratio"))
+    num_samples = manifest.num_events - manifest.num_users
+    assert manifest.split == {"name": "ratio", "valid": 0.1, "test": 0.1}
+    assert manifest.all_targets
+    ends = [int(round(share * num_samples, 6)) for share in (0.8, 0.9, 1.0)]
+    assert manifest.num_targets.model_dump() == {"valid": ends[1] - ends[0], "test": ends[2] - ends[1]}
+    sequences = load_sequences(tmp_path / "data", timestamps=True)
+    assert [sequences.target_ids(part).size for part in ("valid", "test")] == [ends[1] - ends[0], ends[2] - ends[1]]
+    assert sequences.timestamps_s is not None
+    valid, test = (sequences.timestamps_s[sequences.target_ids(part)] for part in ("valid", "test"))
+    assert valid.max() <= test.min()
+
+
+def test_targets_whose_place_depends_on_ties_are_counted_and_warned_of(
+    tmp_path: Path, heard: pytest.LogCaptureFixture
+) -> None:
+    # a: the last two share a second, so that both targets depend on it. b: no tie. c: a tie far in the history.
+    rows = [*"a,x,1 a,y,2 a,z,3 a,w,3 b,x,1 b,y,2 b,z,3 c,x,1 c,y,1 c,z,2 c,w,3".split()]
+    manifest = build_dataset(config(tmp_path, source=csv_log(tmp_path, rows)))
+    assert manifest.num_tied_targets.model_dump() == {"valid": 1, "test": 1}
+    assert "1 of 3 valid and 1 of 3 test targets share user and second with another event" in heard.text
+    heard.clear()
+    manifest = build_dataset(config(tmp_path, source=csv_log(tmp_path, rows), ties="drop"))
+    assert (manifest.num_ties_dropped, manifest.num_tied_targets.test, manifest.num_events) == (4, 0, 7)
+    assert "share user and second" not in heard.text
+    assert "left out 0 repeats and 4 events of unknown order" in heard.text
+
+
+def test_repeats_dropped_are_counted(tmp_path: Path) -> None:
+    rows = [f"u{user},i{item},{time}" for user in range(3) for time, item in enumerate([1, 2, 1, 3, 2])]
+    manifest = build_dataset(config(tmp_path, source=csv_log(tmp_path, rows), repeats="drop_later"))
+    assert (manifest.num_repeats_dropped, manifest.num_events) == (6, 9)
+
+
+def test_an_extension_keeps_the_rows_of_its_ancestor_and_appends_new_ones(
+    tmp_path: Path, heard: pytest.LogCaptureFixture
+) -> None:
+    old_rows = [f"{user},{item},{time}" for user in "mpz" for time, item in enumerate("dkdt")]
+    old = build_dataset(config(tmp_path, source=csv_log(tmp_path, old_rows)))
+    # p, z and item t are gone; a, n and items b, x are new; ids that sort before the old ones come after them.
+    new_rows = [f"{user},{item},{10 + time}" for user in "amn" for time, item in enumerate("bdxk")]
+    settings = {"source": csv_log(tmp_path, new_rows, "new.csv"), "output": tmp_path / "new"}
+    new = build_dataset(config(tmp_path, **settings, extends=tmp_path / "data"))
+    assert new.ancestor is not None
+    assert new.ancestor.model_dump() == {"fingerprint": old.fingerprint, "num_users": 3, "num_items": 3}
+    users, items = (pq.read_table(tmp_path / "new" / name).column("raw_id").to_pylist() for name in (USERS, ITEMS))
+    assert "".join(users) == "mpzan" and "".join(items) == "dktbx"
+    assert (new.num_users, new.num_items) == (5, 5)
+    assert "its 3 users and 3 items keep their rows, 2 users and 2 items are new" in heard.text
+
+    sequences = load_sequences(tmp_path / "new", verify_hashes=True)
+    assert np.diff(sequences.offsets).tolist() == [4, 0, 0, 4, 4]
+    assert sequences.values[:4].tolist() == [3, 0, 4, 1]
+    assert sequences.targets("test").tolist() == [3, -1, -1, 3, 3]
+    alone = build_dataset(config(tmp_path, **settings))
+    assert alone.fingerprint != new.fingerprint and alone.ancestor is None
+
+
+def test_an_extension_of_an_extension_keeps_all_rows(tmp_path: Path) -> None:
+    folder = None
+    for generation, items in enumerate(["kq", "bk", "az"]):
+        rows = [f"u,{item},{time}" for time, item in enumerate(items)]
+        source = csv_log(tmp_path, rows)
+        build_dataset(config(tmp_path, source=source, output=tmp_path / str(generation), extends=folder))
+        folder = tmp_path / str(generation)
+    assert pq.read_table(tmp_path / "2" / ITEMS).column("raw_id").to_pylist() == ["k", "q", "b", "a", "z"]
+
+
+def test_an_extension_of_itself_or_of_a_changed_ancestor_is_noticed(tmp_path: Path) -> None:
+    build_dataset(config(tmp_path))
+    with pytest.raises(ValueError, match=r"is the output itself; pass another folder as data\.output"):
+        build_dataset(config(tmp_path, extends=tmp_path / "data"))
+    first = build_dataset(config(tmp_path, output=tmp_path / "new", extends=tmp_path / "data"))
+    build_dataset(config(tmp_path, source={**SYNTHETIC, "seed": 3}))
+    second = build_dataset(config(tmp_path, output=tmp_path / "new", extends=tmp_path / "data"))
+    assert first.fingerprint != second.fingerprint
+    with pytest.raises(ValueError, match=r"data\.extends \(asked False, found True\)"):
+        check_same_data(config(tmp_path, output=tmp_path / "new"), second)
+
+
+@pytest.mark.parametrize("path", sorted((Path(__file__).parents[2] / "configs").glob("*/*.yaml")), ids=str)
+def test_every_config_of_the_repository_is_valid(path: Path) -> None:
+    assert load_data_config(path).output.is_relative_to("out/data")

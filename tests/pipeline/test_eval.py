@@ -37,7 +37,7 @@ class MadeUpEncoder:
         self._items[:, 0] = torch.log1p(torch.as_tensor(sequences.item_train_counts).float())
 
     def user_vectors(self, batch):
-        return self._users[batch.user_ids]
+        return self._users[batch.user_ids % len(self._users)]  # several targets of a user have ids of their own
 
     def item_vectors(self, item_ids):
         return self._items[item_ids]
@@ -227,3 +227,32 @@ def test_eval_refuses_data_that_was_built_anew_with_other_settings(run, dataset,
     monkeypatch.setattr(stage, "load_run", of_another_config)
     with pytest.raises(ValueError, match=re.escape("built with other settings: data.k_core (asked 3, found 0); run")):
         evaluate(run)
+
+
+def test_a_split_with_several_targets_per_user_ranks_each_and_recommends_to_each_user_once(tmp_path, monkeypatch):
+    source = {"format": "synthetic", "num_users": 60, "num_items": 40, "num_clusters": 4}
+    tree = {"data": {"source": source, "output": str(tmp_path / "data"), "num_shards": 2, "split": "ratio"}}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
+    manifest = build_dataset(load_data_config(tmp_path / "config.yaml"))
+    monkeypatch.setattr(stage, "load_run", made_up_runs_on(tmp_path / "data"))
+    found = evaluate(make_folder(tmp_path / "run"), "mask_seen=true", f"recommend={tmp_path / 'top.parquet'}")
+    assert found["num_targets"] == manifest.num_targets.test > found["num_users"]
+    assert found["num_users"] == manifest.num_users_with_target.test
+
+    sequences = load_sequences(tmp_path / "data")
+    columns = read_ranks(tmp_path / "run" / "ranks.parquet").columns
+    places = sequences.offsets[columns["user_id"]] + columns["history_length"]
+    assert places.tolist() == sequences.target_ids("test").tolist()
+    assert columns["target"].tolist() == sequences.values[places].tolist()
+
+    raw_users, raw_items = (
+        pq.read_table(tmp_path / "data" / name).column("raw_id").to_pylist()
+        for name in ("users.parquet", "items.parquet")
+    )
+    top = pq.read_table(tmp_path / "top.parquet").to_pylist()
+    assert len({row["user_id"] for row in top}) == found["num_users"]
+    assert len({(row["user_id"], row["rank"]) for row in top}) == len(top)
+    for row in top:  # the list is of the last target: nothing of its history is recommended
+        user = raw_users.index(row["user_id"])
+        *seen, held_out = sequences.values[sequences.offsets[user] : sequences.offsets[user + 1]].tolist()
+        assert raw_items.index(row["item_id"]) not in set(seen) - {held_out}

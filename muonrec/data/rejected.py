@@ -1,0 +1,106 @@
+"""Rows of a source that are no events: counted by kind, written with file, line and reason, tolerated up to a share."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import TypeAlias
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+REJECTED_SCHEMA = pa.schema(
+    [
+        pa.field("file", pa.string(), nullable=False),
+        pa.field("line", pa.int64(), nullable=False),
+        pa.field("kind", pa.string(), nullable=False),
+        pa.field("reason", pa.string(), nullable=False),
+    ]
+)
+
+# In the message that stops a run.
+_KINDS_SHOWN = 3
+
+OnRejected: TypeAlias = Callable[[pa.RecordBatch], None]  # takes rows of `REJECTED_SCHEMA`
+
+
+def refuse(rows: pa.RecordBatch) -> None:
+    """The `OnRejected` that tolerates none: raise ValueError at the first row."""
+    raise ValueError(_example(rows.slice(0, 1)))
+
+
+class RejectedRows:
+    """The `OnRejected` of a run: counts the rows and writes them to one Parquet file in place of an earlier run's.
+
+    Use it as a context: the file is there after it, also when the run has failed, and absent if no row was rejected.
+
+    Attributes:
+        num_by_kind: rows of each kind.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Count for a file at ``path``; nothing is written before the first row."""
+        self.path = path
+        self.num_by_kind: Counter[str] = Counter()
+        self._examples: dict[str, str] = {}
+        self._partial = path.with_name(f".{path.name}.partial")
+        self._writer: pq.ParquetWriter | None = None
+
+    def __enter__(self) -> RejectedRows:
+        return self
+
+    def __exit__(
+        self,
+        exception_type: type[BaseException] | None,
+        exception: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._writer is None:
+            self.path.unlink(missing_ok=True)
+        else:
+            self._writer.close()
+            self._partial.replace(self.path)
+
+    def __call__(self, rows: pa.RecordBatch) -> None:
+        """Count and write ``rows`` of `REJECTED_SCHEMA`."""
+        if self._writer is None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._writer = pq.ParquetWriter(self._partial, REJECTED_SCHEMA, compression="zstd")
+        self._writer.write_batch(rows)
+        for count in pc.value_counts(rows.column("kind")).to_pylist():
+            self.num_by_kind[count["values"]] += count["counts"]
+            if count["values"] not in self._examples:
+                first = pc.index(rows.column("kind"), count["values"]).as_py()
+                self._examples[count["values"]] = _example(rows.slice(first, 1))
+
+    def check(self, num_events: int, *, max_share: float) -> None:
+        """Stop where too many rows were rejected to trust the rest.
+
+        Args:
+            num_events: rows that were events.
+            max_share: of the rejected among all rows.
+
+        Raises:
+            ValueError: the share is larger; shows the commonest kinds with an example of each.
+        """
+        num_rejected = self.num_by_kind.total()
+        if num_rejected <= max_share * (num_events + num_rejected):
+            return
+        kinds = "".join(
+            f"\n  {count} {kind}, such as {self._examples[kind]}"
+            for kind, count in sorted(self.num_by_kind.items(), key=lambda item: (-item[1], item[0]))[:_KINDS_SHOWN]
+        )
+        raise ValueError(
+            f"{num_rejected} of {num_events + num_rejected} rows are no events, more than "
+            f"max_rejected_share {max_share:g} allows; all are listed in {self.path}. The commonest:{kinds}\n"
+            "Correct the source or data.source; raise data.max_rejected_share only if the log can do without these rows"
+        )
+
+
+def _example(row: pa.RecordBatch) -> str:
+    """One row, as a message names it."""
+    (found,) = row.to_pylist()
+    return f"{found['file']}, line {found['line']}: {found['reason']}"

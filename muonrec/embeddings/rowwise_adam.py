@@ -1,0 +1,189 @@
+"""Row-wise Adam where FBGEMM has none, on the CPU: the same rule, on the rows a batch has touched."""
+
+# R = rows of all tables of one kernel, D = width, T = ids looked up, U = rows touched
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Set
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from fbgemm_gpu.split_embedding_configs import EmbOptimType
+from torch import nn
+from torchrec.distributed.batched_embedding_kernel import BatchedDenseEmbedding, EmbeddingFusedOptimizer
+from torchrec.distributed.embedding_types import GroupedEmbeddingConfig, ShardedEmbeddingModule
+from torchrec.optim.fused import EmptyFusedOptimizer
+
+
+@dataclasses.dataclass(frozen=True)
+class RowwiseAdamArgs:
+    """What FBGEMM calls the optimizer's arguments, under its names; decay is always decoupled, as in its kernel."""
+
+    eps: float
+    beta1: float
+    beta2: float
+    weight_decay: float
+    gradient_clipping: bool = False
+    max_gradient: float = 1.0
+
+
+def rowwise_adam(
+    rows_UD: torch.Tensor,
+    gradient_UD: torch.Tensor,
+    exp_avg_UD: torch.Tensor,
+    exp_avg_sq_U: torch.Tensor,
+    *,
+    step: int,
+    lr: float,
+    args: RowwiseAdamArgs,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """New rows and moments by Adam with one second moment per row (FBGEMM's PARTIAL_ROWWISE_ADAM, its CUDA kernel).
+
+    Args:
+        rows_UD: the rows touched. Nothing is modified.
+        gradient_UD: their gradients.
+        exp_avg_UD: first moment, per element.
+        exp_avg_sq_U: second moment, per row: of the mean of the row's squared gradient.
+        step: steps of the *table*, this one included, for the bias of the moments; a row seen for the first time late
+            is corrected as if it had been there from the start.
+        lr: rate.
+        args: the rest.
+    """
+    exp_avg_UD = args.beta1 * exp_avg_UD + (1 - args.beta1) * gradient_UD
+    exp_avg_sq_U = args.beta2 * exp_avg_sq_U + (1 - args.beta2) * gradient_UD.square().mean(1)
+    mean_UD = exp_avg_UD / (1 - args.beta1**step)
+    root_U = (exp_avg_sq_U / (1 - args.beta2**step)).sqrt()
+    update_UD = mean_UD / (root_U + args.eps)[:, None] + args.weight_decay * rows_UD
+    return rows_UD - lr * update_UD, exp_avg_UD, exp_avg_sq_U
+
+
+class RowwiseAdamTables(nn.Module):
+    """Lookup and row-wise Adam of a dense kernel's tables, in place of FBGEMM's lookup and under the names of its TBE.
+
+    FBGEMM's dense CPU lookup pools although none was asked for, and its gradient is as large as the table. This one
+    returns a row per id, and its gradient holds the rows looked up. (Bags of length one would get round the first, but
+    each rank would send a row for every id of every rank, and the table would have another name than on CUDA.)
+
+    Args:
+        kernel: its weights are taken over; all tables of it have one width.
+    """
+
+    optimizer = EmbOptimType.PARTIAL_ROWWISE_ADAM
+    is_nobag = use_cpu = True
+
+    def __init__(self, kernel: BatchedDenseEmbedding) -> None:
+        super().__init__()
+        dense, settings = kernel.emb_module, kernel.config.fused_params or {}
+        self.weights = dense.weights  # TorchRec's names for the tables are views of it
+        self.table_rows = torch.tensor([rows for rows, _ in dense.embedding_specs])
+        self.first_row = self.table_rows.cumsum(0) - self.table_rows
+        self.table_of_feature = torch.tensor(kernel._feature_table_map)
+        self.features = kernel.config.feature_names()
+        self.names = [table.name for table in kernel.config.embedding_tables]
+        self.num_embeddings, self.row_offsets = kernel._num_embeddings, kernel._row_offset
+        (width,) = {width for _, width in dense.embedding_specs}
+        self.rows_RD = nn.Parameter(self.weights.detach().view(-1, width))
+        self.exp_avg_RD = torch.zeros_like(self.rows_RD, requires_grad=False)
+        self.exp_avg_sq_R = torch.zeros(len(self.rows_RD))
+        self.iter = torch.zeros(1, dtype=torch.int64)
+        self.learning_rate = float(settings["learning_rate"])
+        names = {field.name for field in dataclasses.fields(RowwiseAdamArgs)}
+        self.optimizer_args = RowwiseAdamArgs(**{name: settings[name] for name in names & settings.keys()})
+
+    def forward(self, indices: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+        """Rows ``[T, D]`` of ``indices`` ``[T]``; ``offsets`` are those of every feature's bags, feature by feature.
+
+        Raises:
+            IndexError: an id is no row of its table.
+        """
+        if not len(indices):
+            return F.embedding(indices, self.rows_RD, sparse=True)
+        num_ids = torch.diff(offsets).reshape(len(self.features), -1).sum(1)
+        table_T = self.table_of_feature.repeat_interleave(num_ids)
+        outside_T = (indices < 0) | (indices >= self.table_rows[table_T])
+        if outside_T.any():
+            place = int(outside_T.nonzero()[0])
+            feature = self.features[int((num_ids.cumsum(0) <= place).sum())]
+            table = int(table_T[place])
+            raise IndexError(
+                f"feature {feature!r} asks for row {int(indices[place]) + self.row_offsets[table]} of table "
+                f"{self.names[table]!r}, which has {self.num_embeddings[table]} rows; ids start at 0"
+            )
+        return F.embedding(indices + self.first_row[table_T], self.rows_RD, sparse=True)
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """One step on the rows that were looked up since the last, those of zero gradient included."""
+        self.iter += 1
+        gradient, self.rows_RD.grad = self.rows_RD.grad, None
+        if gradient is None:
+            return
+        args, values = self.optimizer_args, gradient._values()
+        if args.gradient_clipping:
+            # As FBGEMM: each element, before the gradients of one row are added up.
+            values = values.clamp(-args.max_gradient, args.max_gradient)
+        ids_U, place = gradient._indices()[0].unique(return_inverse=True)
+        gradient_UD = values.new_zeros(len(ids_U), values.size(1)).index_add_(0, place, values)
+        self.rows_RD[ids_U], self.exp_avg_RD[ids_U], self.exp_avg_sq_R[ids_U] = rowwise_adam(
+            self.rows_RD[ids_U],
+            gradient_UD,
+            self.exp_avg_RD[ids_U],
+            self.exp_avg_sq_R[ids_U],
+            step=int(self.iter),
+            lr=self.learning_rate,
+            args=args,
+        )
+
+    def split_embedding_weights(self) -> list[torch.Tensor]:
+        """The rows of each table; views."""
+        return list(self.rows_RD.detach().split(self.table_rows.tolist()))
+
+    def get_optimizer_state(self) -> list[dict[str, torch.Tensor]]:
+        """The moments of each table, under FBGEMM's names; views."""
+        sizes = self.table_rows.tolist()
+        moments = zip(self.exp_avg_RD.split(sizes), self.exp_avg_sq_R.split(sizes))
+        return [{"exp_avg": first, "exp_avg_sq": second} for first, second in moments]
+
+    def get_learning_rate(self) -> float:
+        return self.learning_rate
+
+    def set_learning_rate(self, lr: float) -> None:
+        self.learning_rate = lr
+
+
+class RowwiseAdam(EmbeddingFusedOptimizer):
+    """The keyed optimizer of `RowwiseAdamTables`: its state has the names and shards that TorchRec gives fused tables.
+
+    Unlike theirs it updates in `step`, so the gradients of several backward passes add up.
+    """
+
+    def __init__(self, config: GroupedEmbeddingConfig, tables: RowwiseAdamTables, group: dist.ProcessGroup) -> None:
+        super().__init__(config, tables, group)
+        self._tables = tables
+        # What a sharded collection does to the names of its fused tables.
+        self.params: dict[str, Any] = {f"embeddings.{name}": weight for name, weight in self.params.items()}
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        super().zero_grad(set_to_none)
+        self._tables.rows_RD.grad = None
+
+    def step(self, closure: Any = None) -> None:
+        super().step(closure)  # hands over the rate
+        self._tables.update()
+
+
+def install_rowwise_adam(model: nn.Module, names: Set[str]) -> None:
+    """Let the tables ``names`` of a sharded model, all on dense kernels, train by row-wise Adam."""
+    for module in model.modules():
+        if not isinstance(module, ShardedEmbeddingModule):
+            continue
+        for lookup in module._lookups:
+            for kernel in lookup.modules():
+                if isinstance(kernel, BatchedDenseEmbedding) and kernel.config.embedding_tables[0].name in names:
+                    kernel._emb_module = RowwiseAdamTables(kernel)
+        for name in names & module.module_sharding_plan.keys():
+            # No other optimizer may have it: TorchRec's mark of a fused table, on ranks without rows as well.
+            module.embeddings[name].weight._in_backward_optimizers = [EmptyFusedOptimizer()]

@@ -1,0 +1,43 @@
+"""The export: a run's weights -> one safetensors file; `python -m pipeline.export RUN weights.safetensors`."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from muonrec import checkpoint
+from muonrec.runlog import configure_logging, run_stage
+from pipeline.train import choose_checkpoint
+
+logger = logging.getLogger(__name__)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the export; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m pipeline.export",
+        description="Weights of a run, under the names of the unsharded model, for other programs or for init_from. "
+        "One process; memory holds one shard of the checkpoint at a time.",
+        epilog="example: python -m pipeline.export out/demo/muon weights.safetensors",
+    )
+    parser.add_argument("run", type=Path, help="output folder of the train stage")
+    parser.add_argument("file", type=Path, help="safetensors file to write")
+    parser.add_argument("--checkpoint", choices=["best", "last"], default="best", help="best on validation, or last")
+    options = parser.parse_args(arguments)
+    configure_logging()
+    return run_stage(lambda: export(options.run, options.file, which=options.checkpoint))
+
+
+def export(run: Path, file: Path, *, which: str = "best") -> None:
+    """Write the weights of a run's best or last checkpoint to ``file``."""
+    folder = choose_checkpoint(run, which)
+    progress = checkpoint.read_progress(folder)
+    checkpoint.export_weights(folder, file, notes={"step": str(progress["step"]), "data": progress["data"]})
+    logger.info("wrote the weights of %s to %s", folder, file)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
