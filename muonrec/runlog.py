@@ -10,7 +10,8 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -201,6 +202,37 @@ class RunLog:
         self._file.close()
         if self._board is not None:
             self._board.close()
+
+
+class Clock:
+    """Seconds of training, validation and checkpoints left out, and events per second."""
+
+    def __init__(self, *, already_s: float) -> None:
+        self._started = time.monotonic() - already_s
+        self._lap_started, self._events = time.monotonic(), 0.0
+        self._paused_at: float | None = None
+
+    @property
+    def seconds(self) -> float:
+        return (self._paused_at or time.monotonic()) - self._started
+
+    def count(self, events: float) -> None:
+        self._events += events
+
+    def lap(self) -> dict[str, float]:
+        now = time.monotonic()
+        rate = self._events / max(now - self._lap_started, 1e-9)
+        self._lap_started, self._events = now, 0.0
+        return {"events_per_s": rate, "seconds": self.seconds}
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        self._paused_at = time.monotonic()
+        yield
+        passed = time.monotonic() - self._paused_at
+        self._started += passed
+        self._lap_started += passed
+        self._paused_at = None
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:

@@ -6,9 +6,7 @@ import argparse
 import dataclasses
 import logging
 import sys
-import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -25,7 +23,7 @@ from muonrec.config import Config, describe, load_config, name_only, to_yaml
 from muonrec.data.candidates import Candidates, CandidateSampler
 from muonrec.data.loader import TrainingBatches, evaluation_batches, seen_items
 from muonrec.data.shards import Sequences, load_sequences
-from muonrec.embeddings.fused import JoinedOptimizer, build_optimizer, check_tables
+from muonrec.embeddings.fused import AccumulatedStep, JoinedOptimizer, build_optimizer, check_tables
 from muonrec.embeddings.sharding import DenseSharding, format_plan, shard_model
 from muonrec.embeddings.tables import TableConfig, initialize_tables
 from muonrec.losses import Loss, NextItemLoss
@@ -34,7 +32,7 @@ from muonrec.metrics import ranking_metrics
 from muonrec.models import MODELS, SASRecConfig, ShardedEncoder
 from muonrec.optim import Schedule, format_routing
 from muonrec.retrieval import rank_targets
-from muonrec.runlog import RunLog, configure_logging, run_stage
+from muonrec.runlog import Clock, RunLog, configure_logging, run_stage
 from pipeline.data import DataConfig, check_same_data
 from pipeline.plan import parse_ranks, parse_rows, print_plan
 
@@ -471,32 +469,6 @@ class Run:
         return {f"valid_{name}": value for name, value in ranking_metrics(ranked, k=(10,)).items()}
 
 
-class AccumulatedStep:
-    """What a train pipeline takes for its optimizer: gradients are cleared before the first and used after the last
-    micro-batch of a step.
-
-    DDP and FSDP2 reduce the gradients at every micro-batch; a mean of sums is the sum of means.
-    """
-
-    def __init__(self, optimizer: JoinedOptimizer) -> None:
-        self._optimizer = optimizer
-        self._is_first = self._is_last = True
-
-    def over(self, micro_steps: range) -> Iterator[int]:
-        """Yield the micro-batches of one step."""
-        for micro_step in micro_steps:
-            self._is_first, self._is_last = micro_step == micro_steps[0], micro_step == micro_steps[-1]
-            yield micro_step
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        if self._is_first:
-            self._optimizer.zero_grad(set_to_none=set_to_none)
-
-    def step(self) -> None:
-        if self._is_last:
-            self._optimizer.step()
-
-
 @dataclasses.dataclass(frozen=True)
 class Best:
     """The best validation so far, how many have not beaten it, and the seconds trained."""
@@ -638,37 +610,6 @@ def _what_is_learned(tree: dict[str, Any]) -> dict[str, Any]:
         for name, table in tree["tables"].items()
     }
     return {key: value for key, value in {**tree, "tables": tables}.items() if key not in _MAY_DIFFER}
-
-
-class Clock:
-    """Seconds of training, validation and checkpoints left out, and events per second."""
-
-    def __init__(self, *, already_s: float) -> None:
-        self._started = time.monotonic() - already_s
-        self._lap_started, self._events = time.monotonic(), 0.0
-        self._paused_at: float | None = None
-
-    @property
-    def seconds(self) -> float:
-        return (self._paused_at or time.monotonic()) - self._started
-
-    def count(self, events: float) -> None:
-        self._events += events
-
-    def lap(self) -> dict[str, float]:
-        now = time.monotonic()
-        rate = self._events / max(now - self._lap_started, 1e-9)
-        self._lap_started, self._events = now, 0.0
-        return {"events_per_s": rate, "seconds": self.seconds}
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        self._paused_at = time.monotonic()
-        yield
-        passed = time.monotonic() - self._paused_at
-        self._started += passed
-        self._lap_started += passed
-        self._paused_at = None
 
 
 if __name__ == "__main__":

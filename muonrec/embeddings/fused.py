@@ -232,6 +232,32 @@ class JoinedOptimizer(CombinedOptimizer):
         return part.grad_norm if isinstance(part, DenseOptimizer) else None
 
 
+class AccumulatedStep:
+    """What a train pipeline takes for its optimizer: gradients are cleared before the first and used after the last
+    micro-batch of a step.
+
+    DDP and FSDP2 reduce the gradients at every micro-batch; a mean of sums is the sum of means.
+    """
+
+    def __init__(self, optimizer: JoinedOptimizer) -> None:
+        self._optimizer = optimizer
+        self._is_first = self._is_last = True
+
+    def over(self, micro_steps: range) -> Iterator[int]:
+        """Yield the micro-batches of one step."""
+        for micro_step in micro_steps:
+            self._is_first, self._is_last = micro_step == micro_steps[0], micro_step == micro_steps[-1]
+            yield micro_step
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        if self._is_first:
+            self._optimizer.zero_grad(set_to_none=set_to_none)
+
+    def step(self) -> None:
+        if self._is_last:
+            self._optimizer.step()
+
+
 class DenseOptimizer(KeyedOptimizerWrapper):
     """A torch optimizer under TorchRec's keys, whose state exists from construction and whose step clips.
 

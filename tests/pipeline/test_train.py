@@ -19,13 +19,14 @@ from muonrec.checkpoint.marker import MARKER, record_files, write_marker
 from muonrec.checkpoint.weights import local_pieces
 from muonrec.config import load_config
 from muonrec.data.synthetic import SyntheticSource
-from muonrec.embeddings.fused import fused_tables
+from muonrec.embeddings.fused import AccumulatedStep, fused_tables
 from muonrec.losses import NextItemLoss
 from muonrec.mesh import Ranks
 from muonrec.models import SASRec, SASRecConfig
+from muonrec.runlog import Clock
 from pipeline import export
 from pipeline.data import DataConfig, build_dataset
-from pipeline.train import AccumulatedStep, Clock, Run, TrainConfig, load_run, train
+from pipeline.train import Run, TrainConfig, load_run, train
 from tests.distributed.ranks import run_on_ranks
 from tests.embeddings.test_sharding import whole
 
