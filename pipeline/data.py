@@ -26,7 +26,7 @@ import pydantic
 
 from muonrec.config import Config, describe, parse_config, read_yaml
 from muonrec.data.download import fetch
-from muonrec.data.events import READERS, AmazonSource, FileSource, MovielensSource, source_files
+from muonrec.data.events import READERS, AmazonSource, FileSource, MovielensSource
 from muonrec.data.rejected import RejectedRows
 from muonrec.data.sequences import EventStore, LeaveOneOut, RatioSplit, Split, Ties
 from muonrec.data.shards import (
@@ -47,6 +47,7 @@ from muonrec.data.shards import (
     write_table,
 )
 from muonrec.data.synthetic import SyntheticSource, best_possible, read_synthetic
+from muonrec.data.text import source_files
 from muonrec.runlog import Progress, configure_logging, run_stage
 
 logger = logging.getLogger("pipeline.data")

@@ -215,7 +215,7 @@ def test_lines_are_counted_over_blocks(tmp_path: Path, monkeypatch: pytest.Monke
         rows[bad], reviews[bad] = b"torn", b"{torn}"
     (tmp_path / "a.csv").write_bytes(b"\n".join([b"user_id,item_id,timestamp_s", *rows]))
     (tmp_path / "a.json").write_bytes(b"\n".join(reviews))
-    monkeypatch.setattr("muonrec.data.events._BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr("muonrec.data.text._BLOCK_BYTES", block_bytes)
     for name, file, first in (("csv", "a.csv", 2), ("amazon_2018", "a.json", 1)):
         table = read(name, tmp_path / file, RejectedRows(tmp_path / "rejected.parquet"))
         assert table.column("timestamp_s").to_pylist() == [t for t in range(300) if t not in (7, 8, 150, 299)]

@@ -251,7 +251,7 @@ def test_reading_files_knows_how_far_it_is(tmp_path: Path, monkeypatch: pytest.M
     opener = gzip.open if suffix else open
     with opener(tmp_path / f"log.csv{suffix}", "wt") as stream:
         stream.write("\n".join(["user_id,item_id,timestamp_s", *rows]) + "\n")
-    monkeypatch.setattr("muonrec.data.events._BLOCK_BYTES", 2**15)
+    monkeypatch.setattr("muonrec.data.text._BLOCK_BYTES", 2**15)
     source = {"format": "csv", "path": str(tmp_path / f"log.csv{suffix}")}
     shares: list[float] = []
     batches = read_csv(CsvSource.model_validate(source), on_share=shares.append)
