@@ -98,11 +98,13 @@ class AmazonSource(Config):
     Attributes:
         download: file to fetch to ``path`` where that is missing, by its name at the official place
             (`muonrec.data.download.PLACES`), such as ``reviews_Beauty_5.json.gz``; null: never.
+        accept_terms: the publishers' terms are known and accepted; needed where they ask for it.
     """
 
     format: Literal["amazon_2014", "amazon_2018", "amazon_2023"]
     path: str
     download: str | None = None
+    accept_terms: bool = False
 
 
 class MovielensSource(Config):
@@ -110,11 +112,13 @@ class MovielensSource(Config):
 
     Attributes:
         download: archive to fetch and take ``path`` from where that is missing, such as ``ml-1m.zip``; null: never.
+        accept_terms: the publishers' terms are known and accepted; else they are asked for on a terminal.
     """
 
     format: Literal["movielens"]
     path: str
     download: str | None = None
+    accept_terms: bool = False
 
 
 FileSource: TypeAlias = SequencesSource | RecboleSource | CsvSource | ParquetSource | AmazonSource | MovielensSource

@@ -231,7 +231,6 @@ def test_the_share_stops_with_the_three_commonest_kinds_and_an_example_of_each(t
     assert rejected.num_by_kind == {
         "time_not_a_number": 4, "no_item_id": 3, "no_user_id": 2, "wrong_number_of_fields": 1
     }  # fmt: skip
-    rejected.check(num_events, max_share=0.1)
     with pytest.raises(ValueError) as error:
         rejected.check(num_events, max_share=0.099)
     file = tmp_path / "a.csv"
@@ -244,6 +243,10 @@ def test_the_share_stops_with_the_three_commonest_kinds_and_an_example_of_each(t
         f"  2 no_user_id, such as {file}, line 99: column 'user_id' is empty; every event needs a user and an item",
         "Correct the source or data.source; raise data.max_rejected_share only if the log can do without these rows",
     ]
+    assert rejected.check(num_events, max_share=0.1).keys() == {
+        "time_not_a_number", "no_item_id", "no_user_id", "wrong_number_of_fields"
+    }  # fmt: skip
+    assert not rejected.num_by_kind, "the next source is counted for itself"
 
 
 def test_a_run_without_rejected_rows_removes_the_list_of_the_run_before(tmp_path: Path) -> None:
