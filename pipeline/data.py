@@ -163,6 +163,7 @@ def build_dataset(config: DataConfig) -> Manifest:
         logger.info("%s is up to date (fingerprint %s...): skipped", config.output, fingerprint[:12])
         return manifest
 
+    logger.info("building %s from %s", config.output, _where(source))
     started = time.monotonic()
     phases = _Phases()
     with replaced_folder(config.output) as folder:
@@ -248,6 +249,13 @@ def describe_source(config: DataConfig) -> dict[str, Any]:
     if isinstance(config.source, SyntheticSource):
         return {"format": "synthetic", "parameters": config.source.model_dump(mode="json", exclude={"format"})}
     return _describe_files(config.source, setting="data.source")
+
+
+def _where(source: dict[str, Any]) -> str:
+    if not (files := source.get("files")):
+        return "a synthetic log"
+    size = f"{sum(file['num_bytes'] for file in files) / 1e6:,.1f} MB of {source['format']}"
+    return f"{files[0]['path']} ({size})" if len(files) == 1 else f"{len(files):,} files ({size})"
 
 
 def _describe_files(source: FileSource | FileItems, *, setting: str) -> dict[str, Any]:
@@ -400,65 +408,76 @@ def _kinds(num_by_kind: dict[str, int]) -> str:
 def _log_summary(output: Path, manifest: Manifest, seconds: float) -> None:
     parts, targets = manifest.num_events_per_part, manifest.num_targets
     logger.info(
-        "%s: %d users, %d items, %d events (of %d read, %d duplicates)",
-        output, manifest.num_users, manifest.num_items, manifest.num_events,
-        manifest.num_source_events, manifest.num_duplicates_dropped,
-    )  # fmt: skip
+        "%s: %s users, %s items, %s events (of %s read, %s duplicates)",
+        output,
+        *_grouped(manifest.num_users, manifest.num_items, manifest.num_events),
+        *_grouped(manifest.num_source_events, manifest.num_duplicates_dropped),
+    )
     if manifest.num_rejected_by_kind:
         logger.warning(
-            "%d rows were no events (%s): listed in %s", sum(manifest.num_rejected_by_kind.values()),
+            "%s rows were no events (%s): listed in %s", *_grouped(sum(manifest.num_rejected_by_kind.values())),
             _kinds(manifest.num_rejected_by_kind), _rejected_path(output),
         )  # fmt: skip
     if (metadata := manifest.item_metadata) is not None:
         logger.info(
-            "metadata: %d rows describe %d of %d items (%s)",
-            metadata.num_rows, metadata.num_items_described, manifest.num_items,
-            ", ".join(f"{name} {count}" for name, count in metadata.num_items_by_column.items()),
-        )  # fmt: skip
+            "metadata: %s rows describe %s of %s items (%s)",
+            *_grouped(metadata.num_rows, metadata.num_items_described, manifest.num_items),
+            ", ".join(f"{count:,} with {name}" for name, count in metadata.num_items_by_column.items() if count)
+            or "none is in the log: are the ids the same?",
+        )
         if metadata.num_rejected_by_kind:
             logger.warning(
-                "%d rows of metadata were no items (%s): listed in %s",
-                sum(metadata.num_rejected_by_kind.values()), _kinds(metadata.num_rejected_by_kind),
+                "%s rows of metadata were no items (%s): listed in %s",
+                *_grouped(sum(metadata.num_rejected_by_kind.values())), _kinds(metadata.num_rejected_by_kind),
                 _rejected_path(output),
             )  # fmt: skip
     if manifest.num_repeats_dropped or manifest.num_ties_dropped:
         logger.info(
-            "left out %d repeats and %d events of unknown order",
-            manifest.num_repeats_dropped, manifest.num_ties_dropped,
-        )  # fmt: skip
+            "left out %s repeats and %s events of unknown order",
+            *_grouped(manifest.num_repeats_dropped, manifest.num_ties_dropped),
+        )
     if (ancestor := manifest.ancestor) is not None:
         logger.info(
-            "extends %s...: its %d users and %d items keep their rows, %d users and %d items are new",
-            ancestor.fingerprint[:12], ancestor.num_users, ancestor.num_items,
-            manifest.num_users - ancestor.num_users, manifest.num_items - ancestor.num_items,
-        )  # fmt: skip
+            "extends %s...: its %s users and %s items keep their rows, %s users and %s items are new",
+            ancestor.fingerprint[:12],
+            *_grouped(ancestor.num_users, ancestor.num_items),
+            *_grouped(manifest.num_users - ancestor.num_users, manifest.num_items - ancestor.num_items),
+        )
     logger.info(
-        "split %s: %d train, %d valid, %d test events; %d valid, %d test targets; %d items unseen in training",
-        manifest.split["name"], parts.train, parts.valid, parts.test, targets.valid, targets.test,
-        manifest.num_items_unseen_in_training,
-    )  # fmt: skip
+        "split %s: %s train, %s valid, %s test events; %s valid, %s test targets; %s items unseen in training",
+        manifest.split["name"],
+        *_grouped(parts.train, parts.valid, parts.test, targets.valid, targets.test),
+        *_grouped(manifest.num_items_unseen_in_training),
+    )
     if not (targets.valid and targets.test):
         logger.warning(
             "no user has both a history and a held-out event: nothing can be validated or tested on this data"
         )
+    if manifest.time_range_s is None:
+        logger.info("the source has no times: a user's events are in the order of the file")
     if manifest.tied_event_share:
         logger.info(
-            "%.1f %% of the events share user and second with another: ordered by ties=%s",
+            "%.1f %% of the events share user and second with another: ordered by data.ties=%s",
             100 * manifest.tied_event_share, manifest.config["ties"],
         )  # fmt: skip
     tied = manifest.num_tied_targets
     if tied.valid or tied.test:
         logger.warning(
-            "%d of %d valid and %d of %d test targets share user and second with another event: which event is the "
-            "target, and what its history ends with, was decided by ties=%s",
-            tied.valid, targets.valid, tied.test, targets.test, manifest.config["ties"],
+            "%s of %s valid and %s of %s test targets share user and second with another event: which event is the "
+            "target, and what its history ends with, was decided by data.ties=%s; data.ties=drop leaves them out",
+            *_grouped(tied.valid, targets.valid, tied.test, targets.test), manifest.config["ties"],
         )  # fmt: skip
     if (best := manifest.best_possible) is not None:
         logger.info(
             "best possible: ndcg@10 %.4f, recall@10 %.4f over %d users",
             best.ndcg_at_10, best.recall_at_10, best.num_users,
         )  # fmt: skip
-    logger.info("done in %.1f s, %.0f events/s", seconds, manifest.rates["total_events_per_s"])
+    logger.info("done in %.1f s, %s events/s", seconds, f"{manifest.rates['total_events_per_s']:,.0f}")
+
+
+def _grouped(*counts: int) -> tuple[str, ...]:
+    """Counts as people read them."""
+    return tuple(f"{count:,}" for count in counts)
 
 
 def check_same_data(config: DataConfig, manifest: Manifest) -> None:
@@ -512,7 +531,9 @@ class _Phases:
             yield progress
             progress.advance(num_events)
             self.rates[f"{name}_{unit}_per_s"] = round(progress.rate, 1)
-            logger.info("%s: %d %s, %.0f %s/s", _PHASES[name], progress.done, unit, progress.rate, unit)
+            logger.info(
+                "%s: %s %s, %s %s/s", _PHASES[name], f"{progress.done:,.0f}", unit, f"{progress.rate:,.0f}", unit
+            )
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ logger = logging.getLogger(__name__)
 
 _STREAM_ROWS = 2**20
 _STREAM_TEXTS = 2**13
+_INSERT_BYTES = 64 * 2**20
 
 # The relational part, all of it: common table expressions, joins, GROUP BY, window functions and md5, so that another
 # engine can run it. Braces are filled with integers of our own only.
@@ -386,9 +388,10 @@ class EventStore:
                 break
             rounds.append(counts)
             logger.info(
-                "k-core round %d: %d users, %d items, %d events",
-                len(rounds) - 1, counts["num_users"], counts["num_items"], counts["num_events"],
-            )  # fmt: skip
+                "k-core round %d: %s users, %s items, %s events",
+                len(rounds) - 1,
+                *(f"{counts[name]:,}" for name in ("num_users", "num_items", "num_events")),
+            )
         if not rounds[-1]["num_events"]:
             history = "; ".join(
                 f"round {number}: {kept['num_users']} users, {kept['num_items']} items, {kept['num_events']} events"
@@ -431,10 +434,16 @@ class EventStore:
         """
         self._execute_with(reader.schema.empty_table(), "CREATE TABLE metadata AS SELECT * FROM batch")
         num_rows = 0
-        for batch in reader:
-            self._execute_with(batch, _SQL_METADATA)
-            num_rows += len(batch)
-            on_rows(len(batch))
+        waiting: list[pa.RecordBatch] = []
+        for batch in itertools.chain(reader, [None]):
+            # Each statement looks at the whole vocabulary: few statements of many rows.
+            if waiting and (batch is None or sum(part.nbytes for part in waiting) > _INSERT_BYTES):
+                self._execute_with(pa.Table.from_batches(waiting), _SQL_METADATA)
+                waiting = []
+            if batch is not None:
+                waiting.append(batch)
+                num_rows += len(batch)
+                on_rows(len(batch))
         num_duplicates = self._number("SELECT COUNT(*) - COUNT(DISTINCT item_id) FROM metadata")
         if ancestor is not None and set(reader.schema.names[1:-1]) <= set(pq.read_schema(ancestor / ITEMS).names):
             for batch in pq.ParquetFile(ancestor / ITEMS).iter_batches(batch_size=_STREAM_TEXTS):

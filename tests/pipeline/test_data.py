@@ -153,11 +153,12 @@ def test_a_synthetic_log_arrives_whole(tmp_path: Path) -> None:
     assert manifest.num_users == 60
 
 
-def test_sequence_files_go_through_with_their_order(tmp_path: Path) -> None:
+def test_sequence_files_go_through_with_their_order(tmp_path: Path, heard: pytest.LogCaptureFixture) -> None:
     manifest = build_dataset(config(tmp_path, source={"format": "sequences", "path": beauty_like(tmp_path)}, k_core=5))
     sequences = load_sequences(tmp_path / "data", timestamps=True)
     assert (manifest.num_users, manifest.num_items, manifest.num_events) == (20, 8, 120)
     assert manifest.time_range_s is None
+    assert "the source has no times: a user's events are in the order of the file" in heard.text
     assert sequences.timestamps_s is None
     assert sequences.values[:6].tolist() == [0, 1, 2, 3, 4, 5]
     assert manifest.core_rounds == [{"num_users": 20, "num_items": 8, "num_events": 120}]
@@ -175,6 +176,7 @@ def test_the_command_reads_its_section_and_full_path_overrides(tmp_path: Path) -
 
 def test_the_command_ends_with_counts_and_a_rate(tmp_path: Path, heard: pytest.LogCaptureFixture) -> None:
     main([yaml_file(tmp_path)])
+    assert heard.messages[0] == f"building {tmp_path / 'data'} from a synthetic log"
     assert "60 users, 40 items" in heard.text
     assert heard.messages[-1].endswith("events/s")
 
@@ -419,7 +421,7 @@ def test_item_metadata_stand_in_the_rows_of_their_items(tmp_path: Path, heard: p
         "title": 2, "brand": 0, "categories": 1, "features": 0, "description": 1, "price": 1
     }  # fmt: skip
     assert [file["path"] for file in metadata.source["files"]] == [str(tmp_path / "meta.json")]
-    assert "5 rows describe 2 of 5 items (title 2, brand 0," in heard.text
+    assert "5 rows describe 2 of 5 items (2 with title, 1 with categories, 1 with description" in heard.text
     assert read_manifest(tmp_path / "data") == manifest
 
     shards = {name for name in plain.files if name != ITEMS}
@@ -427,6 +429,11 @@ def test_item_metadata_stand_in_the_rows_of_their_items(tmp_path: Path, heard: p
     assert {name: manifest.files[name] for name in shards} == {name: plain.files[name] for name in shards}
     check_same_data(asked, plain)
     load_sequences(tmp_path / "data", verify_hashes=True)
+
+
+def test_metadata_of_other_ids_are_pointed_out(tmp_path: Path, heard: pytest.LogCaptureFixture) -> None:
+    build_dataset(config(tmp_path, source=log_of_items(tmp_path), items=items_file(tmp_path, ITEM_ROWS[:1])))
+    assert "1 rows describe 0 of 5 items (none is in the log: are the ids the same?)" in heard.text
 
 
 def test_changed_metadata_are_noticed_and_unchanged_ones_skipped(tmp_path: Path) -> None:
@@ -500,7 +507,8 @@ def test_an_ancestor_with_other_metadata_is_noticed(tmp_path: Path) -> None:
     assert fingerprints[0] != fingerprints[1]
 
 
-def test_metadata_of_many_items_fit_a_small_memory_limit(tmp_path: Path) -> None:
+def test_metadata_of_many_items_fit_a_small_memory_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("muonrec.data.sequences._INSERT_BYTES", 2**22)  # several inserts
     rows = [{"asin": f"i{item}", "title": "t", "description": [f"{item}" * 300]} for item in range(20_000)]
     source = csv_log(tmp_path, [f"u{item % 50},i{item},{item}" for item in range(0, 20_000, 2)])
     build_dataset(config(tmp_path, source=source, items=items_file(tmp_path, rows), memory_limit="96MiB"))
