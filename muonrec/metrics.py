@@ -4,7 +4,7 @@ A model that gives many items the same score is neither rewarded nor punished fo
 leave them: every metric is its expectation over random orders of the tied (McSherry & Najork 2008), in closed form.
 """
 
-# N = users, K = places of a list, V = distinct values of a metric, S = bootstrap resamples
+# N = held-out items, U = their users, K = places of a list, V = distinct values of a metric, S = bootstrap resamples
 
 from __future__ import annotations
 
@@ -110,55 +110,70 @@ def coverage(topk_NK: np.ndarray, num_items: int) -> float:
 
 
 def bootstrap_interval(
-    values_N: np.ndarray, *, num_resamples: int = 1000, confidence: float = 0.95, seed: int = 0
+    values_N: np.ndarray,
+    users_N: np.ndarray | None = None,
+    *,
+    num_resamples: int = 1000,
+    confidence: float = 0.95,
+    seed: int = 0,
 ) -> Interval:
-    """Percentile bootstrap interval of the mean over users (Efron 1979).
+    """Percentile bootstrap interval of the mean (Efron 1979), users resampled with all their values.
 
-    Users with the same value are interchangeable, so the resampled *counts* of the distinct values are drawn from one
-    multinomial: the same distribution as drawing users one by one, at the cost of V instead of N per resample.
+    The values of one user are alike: as independent draws they would make the interval too narrow.
+
+    Users with the same values are interchangeable, so the resampled *counts* of the distinct ones are drawn from one
+    multinomial: the same distribution as drawing users one by one, at the cost of V instead of U per resample.
 
     Args:
-        values_N: ``[N]``, finite, one per user. The order of the users does not matter.
+        values_N: ``[N]``, finite. Their order does not matter.
+        users_N: int ``[N]``, the user of each value; None: each is of a user of its own.
         num_resamples: bootstrap resamples.
         confidence: of the interval, in (0, 1).
         seed: of the numpy Generator.
 
     Raises:
-        ValueError: there are no users, a value is not finite, or a setting is out of range.
+        ValueError: there are no values, one is not finite, their users differ in number, or a setting is out of range.
     """
-    distinct_VC, counts_V = _distinct(np.asarray(values_N, dtype=np.float64)[:, None])
-    means_S = _resampled_means(distinct_VC, counts_V, num_resamples, seed)[:, 0]
+    sums_UC = _sums_of_users(np.asarray(values_N, dtype=np.float64)[:, None], users_N)
+    means_S = _resampled_means(sums_UC, num_resamples, seed)[:, 0]
     low, high = _percentiles(means_S, confidence)
     return Interval(float(np.mean(values_N)), low, high)
 
 
 def paired_bootstrap_difference(
-    control_N: np.ndarray, arm_N: np.ndarray, *, num_resamples: int = 1000, confidence: float = 0.95, seed: int = 0
+    control_N: np.ndarray,
+    arm_N: np.ndarray,
+    users_N: np.ndarray | None = None,
+    *,
+    num_resamples: int = 1000,
+    confidence: float = 0.95,
+    seed: int = 0,
 ) -> Interval:
     """Interval of ``mean(arm) / mean(control) - 1`` when the same resampled users count for both.
 
     Args:
         control_N: ``[N]``, finite.
-        arm_N: ``[N]``, of the same users in the same order.
-        num_resamples, confidence, seed: as in `bootstrap_interval`.
+        arm_N: ``[N]``, of the same held-out items in the same order.
+        users_N, num_resamples, confidence, seed: as in `bootstrap_interval`.
 
     Returns:
         The relative difference (0.05 is 5 % more than the control) and its interval.
 
     Raises:
-        ValueError: as in `bootstrap_interval`; or the users differ in number; or the control's mean is not positive.
+        ValueError: as in `bootstrap_interval`; or the values differ in number; or the control's mean is not positive.
     """
     control_N, arm_N = np.asarray(control_N, dtype=np.float64), np.asarray(arm_N, dtype=np.float64)
     if control_N.shape != arm_N.shape:
         raise ValueError(
-            f"a paired difference of {control_N.size} and {arm_N.size} users was asked; evaluate both on the same users"
+            f"a paired difference of {control_N.size} and {arm_N.size} values was asked; "
+            "evaluate both on the same users"
         )
-    distinct_VC, counts_V = _distinct(np.stack([control_N, arm_N], axis=1))
+    sums_UC = _sums_of_users(np.stack([control_N, arm_N], axis=1), users_N)
     if control_N.mean() <= 0.0:
         raise ValueError(
             f"the control's mean is {control_N.mean()}, so no difference can be relative to it; compare a longer list"
         )
-    control_S, arm_S = _resampled_means(distinct_VC, counts_V, num_resamples, seed).T
+    control_S, arm_S = _resampled_means(sums_UC, num_resamples, seed).T
     with np.errstate(divide="ignore", invalid="ignore"):  # a resample in which the control has no hit at all
         relative_S = np.where(arm_S == control_S, 0.0, arm_S / control_S - 1.0)
     low, high = _percentiles(relative_S, confidence)
@@ -182,28 +197,36 @@ def breakdown(
     per_user: Mapping[str, np.ndarray],
     group_N: np.ndarray,
     labels: Sequence[str],
+    users_N: np.ndarray | None = None,
     *,
     num_resamples: int = 1000,
     confidence: float = 0.95,
     seed: int = 0,
 ) -> list[dict[str, Any]]:
-    """Each metric's mean and interval within each group of users; a group without users has no metrics.
+    """Each metric's mean and interval within each group of held-out items; an empty group has no metrics.
 
     Args:
         per_user: metric name -> ``[N]``.
         group_N: int ``[N]``, index into ``labels``, as from `groups_between`.
+        users_N: as in `bootstrap_interval`; a user may be in several groups.
 
     Returns:
-        One mapping per label: ``group``, ``num_users`` and, per metric, ``{"mean", "low", "high"}``.
+        One mapping per label: ``group``, ``num_users``, ``num_targets`` and, per metric, ``{"mean", "low", "high"}``.
     """
+    users_N = np.arange(len(group_N)) if users_N is None else users_N
     rows: list[dict[str, Any]] = []
     for index, label in enumerate(labels):
         members_N = group_N == index
-        row: dict[str, Any] = {"group": label, "num_users": int(members_N.sum())}
+        num_users = len(np.unique(users_N[members_N]))
+        row: dict[str, Any] = {"group": label, "num_users": num_users, "num_targets": int(members_N.sum())}
         if members_N.any():
             for name, values_N in per_user.items():
                 interval = bootstrap_interval(
-                    values_N[members_N], num_resamples=num_resamples, confidence=confidence, seed=seed
+                    values_N[members_N],
+                    users_N[members_N],
+                    num_resamples=num_resamples,
+                    confidence=confidence,
+                    seed=seed,
                 )
                 row[name] = interval._asdict()
         rows.append(row)
@@ -244,28 +267,35 @@ def _harmonic(n_N: np.ndarray) -> np.ndarray:
     return np.where(n_N < 256, _HARMONIC_TABLE[np.minimum(n_N, 255)], expansion_N)
 
 
-def _distinct(values_NC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _sums_of_users(values_NC: np.ndarray, users_N: np.ndarray | None) -> np.ndarray:
+    """float64 ``[U, C + 1]``: the sum of each column over the rows of each user, and how many rows those are."""
     if len(values_NC) == 0:
         raise ValueError("a bootstrap over 0 users was asked; pass at least one user's value")
     if not np.isfinite(values_NC).all():
         raise ValueError("a user's value is not finite; look for NaN in the scores of the model")
-    if values_NC.shape[1] == 1:
-        distinct_V, counts_V = np.unique(values_NC[:, 0], return_counts=True)
-        return distinct_V[:, None], counts_V
-    return np.unique(values_NC, axis=0, return_counts=True)
+    if users_N is not None and len(users_N) != len(values_NC):
+        raise ValueError(f"{len(values_NC)} values of {len(users_N)} users were given; pass the user of each value")
+    ones_N1 = np.ones((len(values_NC), 1))
+    if users_N is None:
+        return np.concatenate([values_NC, ones_N1], axis=1)
+    distinct_U, places_N = np.unique(users_N, return_inverse=True)
+    columns = np.concatenate([values_NC, ones_N1], axis=1).T
+    return np.stack([np.bincount(places_N, column, minlength=len(distinct_U)) for column in columns], axis=1)
 
 
-def _resampled_means(distinct_VC: np.ndarray, counts_V: np.ndarray, num_resamples: int, seed: int) -> np.ndarray:
-    """float64 ``[S, C]``: the mean of each column over each resample of the users."""
+def _resampled_means(sums_UC: np.ndarray, num_resamples: int, seed: int) -> np.ndarray:
+    """float64 ``[S, C]``: the mean of each column over each resample of the users, the last column being their rows."""
     if num_resamples < 1:
         raise ValueError(f"{num_resamples} bootstrap resamples were asked; ask for at least 1, 1000 is usual")
-    num_users = int(counts_V.sum())
+    distinct_VC, counts_V = np.unique(sums_UC, axis=0, return_counts=True)
+    num_users = len(sums_UC)
     generator = np.random.default_rng(seed)
     at_once = max(1, _BOOTSTRAP_BYTES // (8 * len(counts_V)))
     means = []
     for start in range(0, num_resamples, at_once):
         size = min(at_once, num_resamples - start)
-        means.append(generator.multinomial(num_users, counts_V / num_users, size=size) @ distinct_VC / num_users)
+        drawn_SC = generator.multinomial(num_users, counts_V / num_users, size=size) @ distinct_VC
+        means.append(drawn_SC[:, :-1] / drawn_SC[:, -1:])
     return np.concatenate(means)
 
 

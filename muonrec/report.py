@@ -161,7 +161,9 @@ def paired_differences(
     ks = sorted({int(name.partition("@")[2]) for name in metric_names if "@" in name})
     of_control, of_arm = metrics_per_user(ours, k=ks), metrics_per_user(theirs, k=ks)
     return {
-        name: paired_bootstrap_difference(of_control[name], of_arm[name], num_resamples=num_resamples, seed=seed)
+        name: paired_bootstrap_difference(
+            of_control[name], of_arm[name], ours.columns["user_id"], num_resamples=num_resamples, seed=seed
+        )
         for name in metric_names
     }
 

@@ -21,12 +21,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias, get_args
 
+import numpy as np
 import pyarrow as pa
 import pydantic
 
 from muonrec.config import Config, describe, parse_config, read_yaml
 from muonrec.data.download import fetch
-from muonrec.data.events import READERS, AmazonSource, FileSource, MovielensSource, source_files
+from muonrec.data.events import READERS, AmazonSource, FileSource, MovielensSource
+from muonrec.data.items import METADATA, AmazonItems, FileItems, MovielensItems, read_items
 from muonrec.data.rejected import RejectedRows
 from muonrec.data.sequences import EventStore, LeaveOneOut, RatioSplit, Split, Ties
 from muonrec.data.shards import (
@@ -35,6 +37,7 @@ from muonrec.data.shards import (
     USERS,
     Ancestor,
     BestPossible,
+    ItemMetadata,
     Manifest,
     describe_file,
     put_right,
@@ -47,6 +50,7 @@ from muonrec.data.shards import (
     write_table,
 )
 from muonrec.data.synthetic import SyntheticSource, best_possible, read_synthetic
+from muonrec.data.text import OnShare, source_files
 from muonrec.runlog import Progress, configure_logging, run_stage
 
 logger = logging.getLogger("pipeline.data")
@@ -60,6 +64,8 @@ class DataConfig(Config):
     Attributes:
         source: where the events come from, by ``format``.
         output: folder of the data set.
+        items: where the items' titles, categories, texts, ... come from, by ``format``; null: nowhere. They stand in
+            items.parquet and change nothing else.
         extends: folder of an earlier data set, whose users and items keep their rows so that a model of it goes on
             with this one; new ones are appended. The source is the log to train on now, with or without the old events.
         max_rejected_share: rows that may be no events; all are listed beside the output. One in a thousand is less
@@ -75,6 +81,7 @@ class DataConfig(Config):
 
     source: Source
     output: Path
+    items: Annotated[FileItems, pydantic.Field(discriminator="format")] | None = None
     extends: Path | None = None
     max_rejected_share: float = pydantic.Field(default=0.001, ge=0, le=1)
     repeats: Literal["keep", "drop_later"] = "keep"
@@ -93,7 +100,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description="Raw logs to parquet sequences and a manifest.",
         epilog=f"settings and their defaults:\n{describe(DataConfig, prefix='data.')}\n\n"
         "sources, by data.source.format, with their settings:\n"
-        + "".join(f"  {line}\n" for line in _describe_sources())
+        + "".join(f"  {line}\n" for line in _describe_sources(*get_args(FileSource), SyntheticSource))
+        + "\nitem metadata, by data.items.format, with their settings:\n"
+        + "".join(f"  {line}\n" for line in _describe_sources(*get_args(FileItems)))
         + "\nexamples:\n"
         "  python -m pipeline.data configs/demo/sasrec.yaml\n"
         "  python -m pipeline.data configs/amazon-beauty/sasrec.yaml data.source.path=Beauty.txt data.k_core=10\n"
@@ -137,14 +146,24 @@ def build_dataset(config: DataConfig) -> Manifest:
     """
     put_right(config.output)
     ancestor = _ancestor(config)
-    if isinstance(config.source, AmazonSource | MovielensSource) and config.source.download is not None:
-        fetch(config.source.format, config.source.download, Path(config.source.path))
+    for setting, asked in (("source", config.source), ("items", config.items)):
+        if isinstance(asked, AmazonSource | MovielensSource | AmazonItems | MovielensItems) and asked.download:
+            fetch(
+                asked.format,
+                asked.download,
+                Path(asked.path),
+                setting=f"data.{setting}",
+                accept_terms=asked.accept_terms,
+            )
     source = describe_source(config)
     fingerprint = fingerprint_of(config, source, ancestor)
-    if (manifest := _up_to_date(config.output, fingerprint)) is not None:
+    items_source = None if config.items is None else _describe_files(config.items, setting="data.items")
+    items_fingerprint = _items_fingerprint(config, items_source)
+    if (manifest := _up_to_date(config.output, fingerprint, items_fingerprint)) is not None:
         logger.info("%s is up to date (fingerprint %s...): skipped", config.output, fingerprint[:12])
         return manifest
 
+    logger.info("building %s from %s", config.output, _where(source))
     started = time.monotonic()
     phases = _Phases()
     with replaced_folder(config.output) as folder:
@@ -157,7 +176,7 @@ def build_dataset(config: DataConfig) -> Manifest:
             with phases.phase("read", total=getattr(config.source, "num_events_expected", None)) as progress:
                 reader = _open_source(config, progress, rejected)
                 num_source_events = store.load(reader, on_events=progress.advance)
-            rejected.check(num_source_events, max_share=config.max_rejected_share)
+            num_rejected = rejected.check(num_source_events, max_share=config.max_rejected_share)
             with phases.phase("order", num_events=num_source_events):
                 num_duplicates = store.drop_duplicates()
                 num_repeats = store.drop_repeats() if config.repeats == "drop_later" else 0
@@ -167,6 +186,10 @@ def build_dataset(config: DataConfig) -> Manifest:
                 time_range_s = store.time_range_s()
                 split = store.split(config.split, ties=config.ties, seed=config.seed)
             num_events = core_rounds[-1]["num_events"]
+            metadata = None
+            if config.items is not None:
+                with phases.phase("items", unit="rows") as progress:
+                    metadata = _load_metadata(config, store, progress, rejected)
             with phases.phase("write", total=num_events) as progress:
                 events = store.ordered(ties=config.ties, seed=config.seed, num_shards=config.num_shards)
                 all_targets = isinstance(config.split, RatioSplit)
@@ -178,7 +201,7 @@ def build_dataset(config: DataConfig) -> Manifest:
                     all_targets=all_targets,
                     on_events=progress.advance,
                 )
-                _write_vocabularies(store, folder, statistics.item_train_counts)
+                described = _write_vocabularies(store, folder, statistics.item_train_counts, described=bool(metadata))
             num_tied = store.num_tied_events()
         shutil.rmtree(work)
 
@@ -197,7 +220,7 @@ def build_dataset(config: DataConfig) -> Manifest:
             num_tied_targets=statistics.num_tied_targets,
             num_items_unseen_in_training=int((statistics.item_train_counts == 0).sum()),
             num_source_events=num_source_events,
-            num_rejected_by_kind=dict(rejected.num_by_kind),
+            num_rejected_by_kind=num_rejected,
             num_duplicates_dropped=num_duplicates,
             num_repeats_dropped=num_repeats,
             num_ties_dropped=num_ties,
@@ -211,6 +234,8 @@ def build_dataset(config: DataConfig) -> Manifest:
             config=config.model_dump(mode="json"),
             source=source,
             ancestor=ancestor,
+            item_metadata=metadata
+            and ItemMetadata(fingerprint=items_fingerprint, source=items_source, **metadata, **described),
             best_possible=_best_possible(config, complete=num_events == num_source_events),
             rates={**phases.rates, "total_events_per_s": round(num_source_events / seconds, 1)},
         )
@@ -223,12 +248,23 @@ def describe_source(config: DataConfig) -> dict[str, Any]:
     """What identifies the source: path, size and sha256 of every input file, or the generator's parameters."""
     if isinstance(config.source, SyntheticSource):
         return {"format": "synthetic", "parameters": config.source.model_dump(mode="json", exclude={"format"})}
+    return _describe_files(config.source, setting="data.source")
+
+
+def _where(source: dict[str, Any]) -> str:
+    if not (files := source.get("files")):
+        return "a synthetic log"
+    size = f"{sum(file['num_bytes'] for file in files) / 1e6:,.1f} MB of {source['format']}"
+    return f"{files[0]['path']} ({size})" if len(files) == 1 else f"{len(files):,} files ({size})"
+
+
+def _describe_files(source: FileSource | FileItems, *, setting: str) -> dict[str, Any]:
     files = []
-    for path in source_files(config.source.path):
+    for path in source_files(source.path, setting=setting):
         with path.open("rb") as stream:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
         files.append({"path": str(path), "num_bytes": path.stat().st_size, "sha256": digest})
-    return {"format": config.source.format, "files": files}
+    return {"format": source.format, "files": files}
 
 
 def fingerprint_of(config: DataConfig, source: dict[str, Any], ancestor: Ancestor | None = None) -> str:
@@ -240,12 +276,25 @@ def fingerprint_of(config: DataConfig, source: dict[str, Any], ancestor: Ancesto
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def _items_fingerprint(config: DataConfig, source: dict[str, Any] | None) -> str | None:
+    """Sha256 over what decides the items' metadata where the items are the same."""
+    if config.items is None or source is None:
+        return None
+    settings = config.items.model_dump(mode="json", exclude=set(_PLACES))
+    known = None if config.extends is None else read_manifest(config.extends).item_metadata
+    text = json.dumps([settings, [file["sha256"] for file in source["files"]], known and known.fingerprint])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+_PLACES = ("path", "download", "accept_terms")  # where a source is, not what it holds
+
+
 def _deciding(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings of a data stage without those under which the data would be the same."""
+    """The settings of a data stage without those under which the sequences would be the same."""
     settings = {**settings, "source": {**settings["source"]}, "extends": settings.get("extends") is not None}
-    for name in ("output", "memory_limit", "max_rejected_share"):
+    for name in ("output", "items", "memory_limit", "max_rejected_share"):
         settings.pop(name, None)
-    for name in ("path", "download"):
+    for name in _PLACES:
         settings["source"].pop(name, None)
     return settings
 
@@ -269,16 +318,33 @@ def _open_source(config: DataConfig, progress: Progress, rejected: RejectedRows)
     if isinstance(config.source, SyntheticSource):
         return read_synthetic(config.source)
 
+    return READERS[config.source.format](config.source, on_rejected=rejected, on_share=_expecting(progress))
+
+
+def _expecting(progress: Progress) -> OnShare:
     def on_share(share: float) -> None:
         if share:
             progress.expect(progress.done / share)
 
-    return READERS[config.source.format](config.source, on_rejected=rejected, on_share=on_share)
+    return on_share
 
 
-def _up_to_date(output: Path, fingerprint: str) -> Manifest | None:
+def _load_metadata(config: DataConfig, store: EventStore, progress: Progress, rejected: RejectedRows) -> dict[str, Any]:
+    """Store what ``data.items`` says of the items; returns the counts of `ItemMetadata` that are known by now."""
+    assert config.items is not None
+    reader = read_items(config.items, on_rejected=rejected, on_share=_expecting(progress))
+    num_rows, num_duplicates = store.load_metadata(reader, config.extends, on_rows=progress.advance)
+    num_rejected = rejected.check(num_rows, max_share=config.max_rejected_share, what="items", setting="items")
+    return {"num_rows": num_rows, "num_duplicates": num_duplicates, "num_rejected_by_kind": num_rejected}
+
+
+def _up_to_date(output: Path, fingerprint: str, items_fingerprint: str | None) -> Manifest | None:
     try:
-        if read_manifest(output).fingerprint != fingerprint:
+        found = read_manifest(output)
+        if (found.fingerprint, found.item_metadata and found.item_metadata.fingerprint) != (
+            fingerprint,
+            items_fingerprint,
+        ):
             logger.info(
                 "%s holds the data of another config or source: it is replaced once the new data is complete", output
             )
@@ -292,18 +358,31 @@ def _up_to_date(output: Path, fingerprint: str) -> Manifest | None:
         return None
 
 
-def _write_vocabularies(store: EventStore, folder: Path, item_train_counts: Any) -> None:
+def _write_vocabularies(
+    store: EventStore, folder: Path, item_train_counts: np.ndarray, *, described: bool
+) -> dict[str, Any]:
+    """Write users and items; returns the counts of `ItemMetadata` that are known by then."""
     id_fields = {kind: pa.field(f"{kind}_id", pa.int64(), nullable=False) for kind in ("item", "user")}
     raw_id = pa.field("raw_id", pa.string(), nullable=False)
     num_train_events = pa.field("num_train_events", pa.int64(), nullable=False)
 
+    metadata = METADATA if described else ()
+    num_by_column = {column.name: 0 for column in metadata}
+    num_described = 0
+
     def items() -> Iterator[pa.RecordBatch]:
-        for batch in store.vocabulary("item"):
+        nonlocal num_described
+        for batch in store.described_items(list(num_by_column)) if described else store.vocabulary("item"):
+            known = {name: batch.column(name).is_valid().to_numpy(zero_copy_only=False) for name in num_by_column}
+            for name, is_known in known.items():
+                num_by_column[name] += int(is_known.sum())
+            num_described += int(np.logical_or.reduce(list(known.values())).sum()) if known else 0
             counts = pa.array(item_train_counts[batch.column("item_id").to_numpy()])
             yield batch.append_column("num_train_events", counts)
 
-    write_table(folder / ITEMS, items(), pa.schema([id_fields["item"], raw_id, num_train_events]))
+    write_table(folder / ITEMS, items(), pa.schema([id_fields["item"], raw_id, num_train_events, *metadata]))
     write_table(folder / USERS, store.vocabulary("user"), pa.schema([id_fields["user"], raw_id]))
+    return {"num_items_described": num_described, "num_items_by_column": num_by_column}
 
 
 def _best_possible(config: DataConfig, *, complete: bool) -> BestPossible | None:
@@ -322,57 +401,83 @@ def _best_possible(config: DataConfig, *, complete: bool) -> BestPossible | None
     return best_possible(config.source)
 
 
+def _kinds(num_by_kind: dict[str, int]) -> str:
+    return ", ".join(f"{count} {kind}" for kind, count in sorted(num_by_kind.items()))
+
+
 def _log_summary(output: Path, manifest: Manifest, seconds: float) -> None:
     parts, targets = manifest.num_events_per_part, manifest.num_targets
     logger.info(
-        "%s: %d users, %d items, %d events (of %d read, %d duplicates)",
-        output, manifest.num_users, manifest.num_items, manifest.num_events,
-        manifest.num_source_events, manifest.num_duplicates_dropped,
-    )  # fmt: skip
+        "%s: %s users, %s items, %s events (of %s read, %s duplicates)",
+        output,
+        *_grouped(manifest.num_users, manifest.num_items, manifest.num_events),
+        *_grouped(manifest.num_source_events, manifest.num_duplicates_dropped),
+    )
     if manifest.num_rejected_by_kind:
         logger.warning(
-            "%d rows were no events (%s): listed in %s", sum(manifest.num_rejected_by_kind.values()),
-            ", ".join(f"{count} {kind}" for kind, count in sorted(manifest.num_rejected_by_kind.items())),
-            _rejected_path(output),
+            "%s rows were no events (%s): listed in %s", *_grouped(sum(manifest.num_rejected_by_kind.values())),
+            _kinds(manifest.num_rejected_by_kind), _rejected_path(output),
         )  # fmt: skip
+    if (metadata := manifest.item_metadata) is not None:
+        logger.info(
+            "metadata: %s rows describe %s of %s items (%s)",
+            *_grouped(metadata.num_rows, metadata.num_items_described, manifest.num_items),
+            ", ".join(f"{count:,} with {name}" for name, count in metadata.num_items_by_column.items() if count)
+            or "none is in the log: are the ids the same?",
+        )
+        if metadata.num_rejected_by_kind:
+            logger.warning(
+                "%s rows of metadata were no items (%s): listed in %s",
+                *_grouped(sum(metadata.num_rejected_by_kind.values())), _kinds(metadata.num_rejected_by_kind),
+                _rejected_path(output),
+            )  # fmt: skip
     if manifest.num_repeats_dropped or manifest.num_ties_dropped:
         logger.info(
-            "left out %d repeats and %d events of unknown order",
-            manifest.num_repeats_dropped, manifest.num_ties_dropped,
-        )  # fmt: skip
+            "left out %s repeats and %s events of unknown order",
+            *_grouped(manifest.num_repeats_dropped, manifest.num_ties_dropped),
+        )
     if (ancestor := manifest.ancestor) is not None:
         logger.info(
-            "extends %s...: its %d users and %d items keep their rows, %d users and %d items are new",
-            ancestor.fingerprint[:12], ancestor.num_users, ancestor.num_items,
-            manifest.num_users - ancestor.num_users, manifest.num_items - ancestor.num_items,
-        )  # fmt: skip
+            "extends %s...: its %s users and %s items keep their rows, %s users and %s items are new",
+            ancestor.fingerprint[:12],
+            *_grouped(ancestor.num_users, ancestor.num_items),
+            *_grouped(manifest.num_users - ancestor.num_users, manifest.num_items - ancestor.num_items),
+        )
     logger.info(
-        "split %s: %d train, %d valid, %d test events; %d valid, %d test targets; %d items unseen in training",
-        manifest.split["name"], parts.train, parts.valid, parts.test, targets.valid, targets.test,
-        manifest.num_items_unseen_in_training,
-    )  # fmt: skip
+        "split %s: %s train, %s valid, %s test events; %s valid, %s test targets; %s items unseen in training",
+        manifest.split["name"],
+        *_grouped(parts.train, parts.valid, parts.test, targets.valid, targets.test),
+        *_grouped(manifest.num_items_unseen_in_training),
+    )
     if not (targets.valid and targets.test):
         logger.warning(
             "no user has both a history and a held-out event: nothing can be validated or tested on this data"
         )
+    if manifest.time_range_s is None:
+        logger.info("the source has no times: a user's events are in the order of the file")
     if manifest.tied_event_share:
         logger.info(
-            "%.1f %% of the events share user and second with another: ordered by ties=%s",
+            "%.1f %% of the events share user and second with another: ordered by data.ties=%s",
             100 * manifest.tied_event_share, manifest.config["ties"],
         )  # fmt: skip
     tied = manifest.num_tied_targets
     if tied.valid or tied.test:
         logger.warning(
-            "%d of %d valid and %d of %d test targets share user and second with another event: which event is the "
-            "target, and what its history ends with, was decided by ties=%s",
-            tied.valid, targets.valid, tied.test, targets.test, manifest.config["ties"],
+            "%s of %s valid and %s of %s test targets share user and second with another event: which event is the "
+            "target, and what its history ends with, was decided by data.ties=%s; data.ties=drop leaves them out",
+            *_grouped(tied.valid, targets.valid, tied.test, targets.test), manifest.config["ties"],
         )  # fmt: skip
     if (best := manifest.best_possible) is not None:
         logger.info(
             "best possible: ndcg@10 %.4f, recall@10 %.4f over %d users",
             best.ndcg_at_10, best.recall_at_10, best.num_users,
         )  # fmt: skip
-    logger.info("done in %.1f s, %.0f events/s", seconds, manifest.rates["total_events_per_s"])
+    logger.info("done in %.1f s, %s events/s", seconds, f"{manifest.rates['total_events_per_s']:,.0f}")
+
+
+def _grouped(*counts: int) -> tuple[str, ...]:
+    """Counts as people read them."""
+    return tuple(f"{count:,}" for count in counts)
 
 
 def check_same_data(config: DataConfig, manifest: Manifest) -> None:
@@ -396,14 +501,19 @@ def check_same_data(config: DataConfig, manifest: Manifest) -> None:
         )
 
 
-def _describe_sources() -> Iterator[str]:
-    for kind in (*get_args(FileSource), SyntheticSource):
+def _describe_sources(*kinds: type[Config]) -> Iterator[str]:
+    for kind in kinds:
         names = ", ".join(get_args(kind.model_fields["format"].annotation))
         settings = ", ".join(setting for setting in kind.model_fields if setting != "format")
         yield from textwrap.wrap(f"{names}: {settings}", 100, subsequent_indent="    ")
 
 
-_PHASES = {"read": "reading events", "order": "distinct, k-core, vocabulary, split", "write": "writing shards"}
+_PHASES = {
+    "read": "reading events",
+    "order": "distinct, k-core, vocabulary, split",
+    "items": "reading item metadata",
+    "write": "writing shards",
+}
 
 
 class _Phases:
@@ -413,13 +523,17 @@ class _Phases:
         self.rates: dict[str, float] = {}
 
     @contextmanager
-    def phase(self, name: str, *, total: int | None = None, num_events: int = 0) -> Iterator[Progress]:
+    def phase(
+        self, name: str, *, unit: str = "events", total: int | None = None, num_events: int = 0
+    ) -> Iterator[Progress]:
         """Time a phase; ``num_events`` is for one that does them all at once."""
-        with Progress(_PHASES[name], "events", total=total) as progress:
+        with Progress(_PHASES[name], unit, total=total) as progress:
             yield progress
             progress.advance(num_events)
-            self.rates[f"{name}_events_per_s"] = round(progress.rate, 1)
-            logger.info("%s: %d events, %.0f events/s", _PHASES[name], progress.done, progress.rate)
+            self.rates[f"{name}_{unit}_per_s"] = round(progress.rate, 1)
+            logger.info(
+                "%s: %s %s, %s %s/s", _PHASES[name], f"{progress.done:,.0f}", unit, f"{progress.rate:,.0f}", unit
+            )
 
 
 if __name__ == "__main__":

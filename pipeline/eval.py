@@ -117,9 +117,6 @@ def evaluate(config: EvalConfig, ranks: Ranks) -> dict[str, Any] | None:
     check_lengths(config, sequences)
     logger.info("evaluating %s at step %d on the %s items, %d ranks", config.run, step, config.part, ranks.num_ranks)
 
-    if sequences.all_targets:
-        logger.warning("a user has several targets, which the intervals take for independent: they are too narrow")
-
     started = time.monotonic()
     ranked = rank_all(encoder, "model", config, run_config, sequences, ranks)
     seconds = time.monotonic() - started
@@ -246,11 +243,12 @@ def protocol_of(config: EvalConfig, sequences: Sequences) -> dict[str, Any]:
 def summarize(ranked: RankedTargets, config: EvalConfig, sequences: Sequences) -> dict[str, Any]:
     """Every metric with its interval, and the share of the catalogue that the lists show."""
     per_user = metrics_per_user(ranked, k=config.k)
+    users_N, _ = sequences.locate(ranked.user_ids, config.part)
     assert ranked.topk_ids is not None
     return {
         "metrics": {
             name: bootstrap_interval(
-                values_N, num_resamples=config.num_resamples, confidence=_CONFIDENCE, seed=config.seed
+                values_N, users_N, num_resamples=config.num_resamples, confidence=_CONFIDENCE, seed=config.seed
             )._asdict()
             for name, values_N in per_user.items()
         },
@@ -269,7 +267,14 @@ def breakdowns(ranked: RankedTargets, config: EvalConfig, sequences: Sequences) 
         "events of the history": groups_between(columns["history_length"], config.length_bounds),
     }
     return {
-        title: breakdown(per_user, *group, num_resamples=config.num_resamples, confidence=_CONFIDENCE, seed=config.seed)
+        title: breakdown(
+            per_user,
+            *group,
+            columns["user_id"],
+            num_resamples=config.num_resamples,
+            confidence=_CONFIDENCE,
+            seed=config.seed,
+        )
         for title, group in groups.items()
     }
 

@@ -122,6 +122,83 @@ def test_bootstrap_in_small_chunks_equals_the_bootstrap_at_once(monkeypatch):
     assert metrics.bootstrap_interval(values, num_resamples=100) == pytest.approx(at_once, rel=1e-13)
 
 
+def brute_force_means_of_resampled_users(values_NC: np.ndarray, users: np.ndarray, num_resamples: int) -> np.ndarray:
+    """Draw users one by one, take all rows of each, and average the rows: the plain twin of the bootstrap by counts."""
+    generator = np.random.default_rng(11)
+    rows_of = [np.flatnonzero(users == user) for user in np.unique(users)]
+    means = []
+    for _ in range(num_resamples):
+        drawn = generator.integers(0, len(rows_of), len(rows_of))
+        means.append(values_NC[np.concatenate([rows_of[user] for user in drawn])].mean(axis=0))
+    return np.array(means)
+
+
+def several_values_per_user() -> tuple[np.ndarray, np.ndarray]:
+    """Users of 1 to 9 values who hit or miss nearly always: [N] values, [N] users, in no order."""
+    generator = np.random.default_rng(5)
+    users = np.repeat(np.arange(150) * 7 + 3, generator.integers(1, 10, 150))
+    taste = generator.choice([0.05, 0.9], p=[0.7, 0.3], size=2000)
+    order = generator.permutation(len(users))
+    return generator.binomial(1, taste[users]).astype(float)[order], users[order]
+
+
+def test_bootstrap_draws_users_with_all_their_values():
+    values, users = several_values_per_user()
+    drawn = np.sort(brute_force_means_of_resampled_users(values[:, None], users, 4000)[:, 0])
+    interval = metrics.bootstrap_interval(values, users, num_resamples=4000, seed=1)
+    assert interval.mean == values.mean()
+    spread = drawn.std()
+    # as above: 4000 resamples on each side leave about 5 % of the spread as noise at each end
+    assert interval.low == pytest.approx(drawn[100], abs=0.2 * spread)
+    assert interval.high == pytest.approx(drawn[3900], abs=0.2 * spread)
+    alone = metrics.bootstrap_interval(values, num_resamples=4000, seed=1)
+    assert interval.high - interval.low > 1.5 * (alone.high - alone.low), "values of one user are alike"
+
+
+def test_values_of_a_user_each_are_resampled_as_if_no_users_were_named():
+    values = np.random.default_rng(1).random(300)
+    users = np.random.default_rng(2).permutation(300)
+    assert metrics.bootstrap_interval(values, users) == metrics.bootstrap_interval(values)
+    arm = values + 0.1 * np.random.default_rng(3).random(300)
+    assert metrics.paired_bootstrap_difference(values, arm, users) == metrics.paired_bootstrap_difference(values, arm)
+
+
+def test_a_sample_repeated_for_its_user_tells_nothing_new():
+    values = np.random.default_rng(1).random(200)
+    users = np.tile(np.arange(200), 5)
+    repeated = metrics.bootstrap_interval(np.tile(values, 5), users)
+    assert repeated == pytest.approx(metrics.bootstrap_interval(values), rel=1e-12)
+
+
+def test_paired_difference_draws_users_with_all_their_values():
+    control, users = several_values_per_user()
+    # better for every value of a tenth of the users, worse for every value of another
+    arm = np.clip(control + 0.5 * (users % 10 == 0) - 0.3 * (users % 10 == 1), 0, None)
+    drawn = brute_force_means_of_resampled_users(np.stack([control, arm], axis=1), users, 4000)
+    relative = np.sort(drawn[:, 1] / drawn[:, 0] - 1)
+    found = metrics.paired_bootstrap_difference(control, arm, users, num_resamples=4000)
+    assert found.mean == pytest.approx(arm.mean() / control.mean() - 1)
+    assert found.low == pytest.approx(relative[100], abs=0.2 * relative.std())
+    assert found.high == pytest.approx(relative[3900], abs=0.2 * relative.std())
+    alone = metrics.paired_bootstrap_difference(control, arm, num_resamples=4000)
+    assert found.high - found.low > 1.5 * (alone.high - alone.low)
+
+
+def test_breakdown_counts_users_and_values_and_draws_users():
+    values, users = several_values_per_user()
+    group = (users % 2).astype(int)
+    rows = metrics.breakdown({"ndcg@10": values}, group, ["even", "odd"], users)
+    for index, row in enumerate(rows):
+        members = group == index
+        assert (row["num_users"], row["num_targets"]) == (len(set(users[members])), members.sum())
+        assert row["ndcg@10"] == metrics.bootstrap_interval(values[members], users[members])._asdict()
+
+
+def test_values_and_users_of_different_number_are_refused():
+    with pytest.raises(ValueError, match="3 values of 2 users were given; pass the user of each value"):
+        metrics.bootstrap_interval(np.ones(3), np.arange(2))
+
+
 def test_bootstrap_of_nobody_or_of_nan_is_refused():
     with pytest.raises(ValueError, match="0 users"):
         metrics.bootstrap_interval(np.array([]))
@@ -172,7 +249,7 @@ def test_breakdown_means_weigh_up_to_the_whole():
     values, group = generator.random(200), generator.integers(0, 2, 200)
     rows = metrics.breakdown({"ndcg@10": values}, group, ["tail", "head", "nobody"])
     assert [row["group"] for row in rows] == ["tail", "head", "nobody"]
-    assert rows[2] == {"group": "nobody", "num_users": 0}
+    assert rows[2] == {"group": "nobody", "num_users": 0, "num_targets": 0}
     whole = sum(row["num_users"] * row["ndcg@10"]["mean"] for row in rows[:2]) / 200
     assert whole == pytest.approx(values.mean())
 

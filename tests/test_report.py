@@ -182,6 +182,17 @@ def test_runs_over_other_users_are_not_paired(tmp_path):
         paired_differences(*runs, ["ndcg@10"])
 
 
+def test_paired_differences_draw_users_with_all_their_targets(tmp_path):
+    control, arm = read_runs([make_run(tmp_path / "one"), make_run(tmp_path / "two", lift=0.2)])
+    alone = paired_differences(control, arm, ["ndcg@10"], num_resamples=200)["ndcg@10"]
+    users = np.arange(4000) // 8
+    for run in (control, arm):
+        run.ranked.columns["user_id"] = users
+    found = paired_differences(control, arm, ["ndcg@10"], num_resamples=200)["ndcg@10"]
+    values = [metrics.metrics_per_user(run.ranked, k=[10])["ndcg@10"] for run in (control, arm)]
+    assert found == metrics.paired_bootstrap_difference(*values, users, num_resamples=200) != alone
+
+
 def test_report_of_a_run_that_only_trained_shows_its_curves(tmp_path):
     path = write_report(tmp_path, [read_run(make_run(tmp_path / "run", evaluated=False))])
     assert "run has not been evaluated yet" in text_of(path)

@@ -6,6 +6,7 @@ import hashlib
 import http.client
 import logging
 import shutil
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -24,40 +25,80 @@ _CHUNK_BYTES = 2**18
 
 
 class Place(NamedTuple):
-    """Where a family of data sets is published, and what its publishers ask of those who use it."""
+    """Where a family of data sets is published, and what its publishers ask of those who use it.
 
+    Attributes:
+        name: of the family.
+        url: folder of the logs.
+        items_url: folder of the metadata of the items.
+        licence: what the publishers call their terms, or that they state none.
+        terms_url: where their own words are.
+        conditions: what they ask, in short and in our words.
+        asks_acceptance: whether use is granted under conditions only, so that they must be accepted before a download.
+    """
+
+    name: str
     url: str
-    terms: str
+    items_url: str
+    licence: str
+    terms_url: str
+    conditions: tuple[str, ...]
+    asks_acceptance: bool = False
+
+    def terms(self, file: str) -> str:
+        """What to show before ``file`` is downloaded."""
+        name = Path(file).name
+        lines = [f"{name} of {self.name}. {self.licence}", *(f"  - {condition}" for condition in self.conditions)]
+        return "\n".join([*lines, f"  This is a summary in our words; those of the publishers are at {self.terms_url}"])
 
 
-_AMAZON_TERMS = (
-    "No licence is stated; the authors offer the data for research and ask to be cited ({cite}; {page}). "
-    "Do not redistribute it: muonrec downloads it at your request and keeps no copy elsewhere."
-)
+def _amazon(year: int, cite: str, url: str, items_url: str, terms_url: str) -> Place:
+    conditions = (
+        f"offered by its authors for research; cite {cite}",
+        "do not redistribute it: no right to do so is granted; muonrec downloads it at your request",
+        "reviews and product texts belong to those who wrote them",
+    )
+    return Place(f"Amazon Reviews {year}", url, items_url, "No licence is stated.", terms_url, conditions)
+
 
 # By the format of the source. A file is asked for by its name below the URL.
 PLACES: dict[str, Place] = {
-    "amazon_2014": Place(
+    "amazon_2014": _amazon(
+        2014,
+        "He & McAuley 2016 and McAuley et al. 2015",
         "https://snap.stanford.edu/data/amazon/productGraph/categoryFiles/",
-        _AMAZON_TERMS.format(
-            cite="He & McAuley 2016", page="https://cseweb.ucsd.edu/~jmcauley/datasets/amazon/links.html"
-        ),
+        "https://snap.stanford.edu/data/amazon/productGraph/categoryFiles/",
+        "https://cseweb.ucsd.edu/~jmcauley/datasets/amazon/links.html",
     ),
-    "amazon_2018": Place(
+    "amazon_2018": _amazon(
+        2018,
+        "Ni, Li & McAuley 2019",
         "https://mcauleylab.ucsd.edu/public_datasets/data/amazon_v2/categoryFilesSmall/",
-        _AMAZON_TERMS.format(cite="Ni, Li & McAuley 2019", page="https://nijianmo.github.io/amazon/"),
+        "https://mcauleylab.ucsd.edu/public_datasets/data/amazon_v2/metaFiles2/",
+        "https://nijianmo.github.io/amazon/",
     ),
-    "amazon_2023": Place(
+    "amazon_2023": _amazon(
+        2023,
+        "Hou et al. 2024",
         "https://huggingface.co/datasets/McAuley-Lab/Amazon-Reviews-2023/resolve/main/benchmark/",
-        _AMAZON_TERMS.format(cite="Hou et al. 2024", page="https://amazon-reviews-2023.github.io/"),
+        "https://huggingface.co/datasets/McAuley-Lab/Amazon-Reviews-2023/resolve/main/raw/meta_categories/",
+        "https://amazon-reviews-2023.github.io/",
     ),
     "movielens": Place(
+        "MovieLens (GroupLens, University of Minnesota)",
         "https://files.grouplens.org/datasets/movielens/",
-        "MovieLens (GroupLens, University of Minnesota): no commercial or revenue-bearing use without permission, "
-        "acknowledge the data set in publications (Harper & Konstan 2015), imply no endorsement. 100K, 1M and 10M: you "
-        "may not redistribute the data without separate permission. 20M, 25M, 32M and latest: you may redistribute it, "
-        "transformed or not, under these same conditions. The full text is the README in the archive and at "
         "https://files.grouplens.org/datasets/movielens/",
+        "Its usage licence grants use for research under conditions:",
+        "https://grouplens.org/datasets/movielens/ and in the README of the archive",
+        (
+            "no commercial or revenue-bearing use without permission of a faculty member of GroupLens",
+            "100K, 1M and 10M: do not redistribute it without separate permission; 20M, 25M, 32M and latest: you may, "
+            "transformed or not, under these same conditions",
+            "acknowledge it in publications; cite Harper & Konstan 2015",
+            "state or imply no endorsement by the university or GroupLens",
+            "no warranty of any kind: it comes as it is",
+        ),
+        asks_acceptance=True,
     ),
 }
 
@@ -71,7 +112,7 @@ MD5 = {
 }
 
 
-def fetch(format_name: str, file: str, path: Path) -> None:
+def fetch(format_name: str, file: str, path: Path, *, setting: str = "data.source", accept_terms: bool = False) -> None:
     """Bring ``file`` of a public data set to ``path``, unless it is there.
 
     Of a zip archive, which is kept beside ``path``, the member with the name of ``path`` is taken. Offline, put the
@@ -81,9 +122,12 @@ def fetch(format_name: str, file: str, path: Path) -> None:
         format_name: of the source, a key of `PLACES`.
         file: its name at the official place, such as ``ml-1m.zip`` or ``reviews_Beauty_5.json.gz``.
         path: where it is wanted.
+        setting: that asks for it, ``data.source`` or ``data.items``.
+        accept_terms: the terms are accepted; else they are asked for on a terminal, where the publishers ask for it.
 
     Raises:
-        ValueError: the file differs from its checksum, the archive is damaged or lacks the member.
+        ValueError: the terms are not accepted, the file differs from its checksum, the archive is damaged or lacks the
+            member.
         OSError: there is no such file, or the connection broke off too often; what has come is kept for the next run.
     """
     if path.exists():
@@ -91,16 +135,32 @@ def fetch(format_name: str, file: str, path: Path) -> None:
     name = Path(file).name
     is_archive = name.endswith(".zip")
     if not is_archive and Path(name).suffix != path.suffix:
-        raise ValueError(f"data.source.path {path} is to hold {name}: let it end in {Path(name).suffix!r} too")
+        raise ValueError(f"{setting}.path {path} is to hold {name}: let it end in {Path(name).suffix!r} too")
     path.parent.mkdir(parents=True, exist_ok=True)
     target = path.with_name(name) if is_archive else path
     if not target.exists():
         place = PLACES[format_name]
-        logger.warning("%s", place.terms)
-        logger.info("downloading %s to %s", place.url + file, target)
-        download(place.url + file, target, md5=MD5.get(name))
+        logger.warning("%s", place.terms(file))
+        if place.asks_acceptance and not accept_terms and not _ask(f"Download {name} under these terms? [y/N] "):
+            raise ValueError(
+                f"the terms of {name} are not accepted, so it is not downloaded; if you accept what is shown above, "
+                f"set {setting}.accept_terms=true"
+            )
+        url = (place.items_url if setting == "data.items" else place.url) + file
+        logger.info("downloading %s to %s", url, target)
+        download(url, target, md5=MD5.get(name))
     if is_archive:
         _extract(target, path)
+
+
+def _ask(question: str) -> bool:
+    """Whether somebody at the terminal says yes; where there is none, nobody does."""
+    if not (sys.stdin is not None and sys.stdin.isatty() and sys.stderr.isatty()):
+        return False
+    try:
+        return input(question).strip().lower() in ("y", "yes")
+    except EOFError:
+        return False
 
 
 def download(url: str, path: Path, *, md5: str | None = None) -> None:

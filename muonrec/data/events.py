@@ -6,27 +6,36 @@ a source whose structure is wrong (no such file, no such column, text that canno
 
 from __future__ import annotations
 
-import csv
-import glob
-import io
 import json
-import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal, TypeAlias
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.csv as pa_csv
 import pyarrow.json as pa_json
 import pyarrow.parquet as pq
 from pydantic import Field
 
 from muonrec.config import Config
 from muonrec.data.rejected import OnRejected, refuse
-from muonrec.data.sift import BROKEN, SHOWN_CHARACTERS, Columns, Rejects, around, is_broken, shown, sift
+from muonrec.data.sift import SHOWN_CHARACTERS, Rejects, around, shown, sift
+from muonrec.data.text import (
+    Chunk,
+    Cut,
+    OnShare,
+    fields,
+    layout_of,
+    lines_of,
+    read_files,
+    read_header,
+    refuse_empty,
+    source_files,
+    text_rows,
+)
 
 EVENT_SCHEMA = pa.schema(
     [
@@ -37,15 +46,7 @@ EVENT_SCHEMA = pa.schema(
     ]
 )
 
-_HEAD_BYTES = 2**16
-_BLOCK_BYTES = 16 * 2**20
-_MAX_LINE_BYTES = 64 * 2**20
 _BATCH_ROWS = 2**18
-_CODECS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd", ".lz4": "lz4"}
-_UTF8_BOM = b"\xef\xbb\xbf"
-
-Chunk: TypeAlias = tuple[Columns, pa.RecordBatch | None, float]  # events, rejected rows, share of the bytes behind
-OnShare: TypeAlias = Callable[[float], None]  # told how much of the source's bytes is behind, from 0 to 1
 
 
 class SequencesSource(Config):
@@ -97,11 +98,13 @@ class AmazonSource(Config):
     Attributes:
         download: file to fetch to ``path`` where that is missing, by its name at the official place
             (`muonrec.data.download.PLACES`), such as ``reviews_Beauty_5.json.gz``; null: never.
+        accept_terms: the publishers' terms are known and accepted; needed where they ask for it.
     """
 
     format: Literal["amazon_2014", "amazon_2018", "amazon_2023"]
     path: str
     download: str | None = None
+    accept_terms: bool = False
 
 
 class MovielensSource(Config):
@@ -109,11 +112,13 @@ class MovielensSource(Config):
 
     Attributes:
         download: archive to fetch and take ``path`` from where that is missing, such as ``ml-1m.zip``; null: never.
+        accept_terms: the publishers' terms are known and accepted; else they are asked for on a terminal.
     """
 
     format: Literal["movielens"]
     path: str
     download: str | None = None
+    accept_terms: bool = False
 
 
 FileSource: TypeAlias = SequencesSource | RecboleSource | CsvSource | ParquetSource | AmazonSource | MovielensSource
@@ -144,9 +149,6 @@ class _Layout:
         names = (self.columns.user_id, self.columns.item_id, self.columns.timestamp_s)
         return [name for name in names if name is not None]
 
-
-# The unit separator stands in no text: each line is one field.
-_LINE = _Layout(ColumnNames(), delimiter="\x1f", names=("line",))
 
 # Two traps: the ratings of 2018 begin with the item, those of 2014 with the user; 2023 counts milliseconds and its
 # parent_asin stands for all variants of a product.
@@ -226,7 +228,7 @@ def read_amazon(
 ) -> pa.RecordBatchReader:
     """Stream ratings or reviews of Amazon 2014 (McAuley 2015), 2018 (Ni 2019) or 2023 (Hou 2024); as `read_csv`."""
     layouts = {suffix: layout for (name, suffix), layout in _AMAZON.items() if name == source.format}
-    return _files_reader(source.path, lambda path: _text_chunks(path, _layout_of(path, layouts)), on_rejected, on_share)
+    return _files_reader(source.path, lambda path: _text_chunks(path, layout_of(path, layouts)), on_rejected, on_share)
 
 
 def read_movielens(
@@ -234,7 +236,7 @@ def read_movielens(
 ) -> pa.RecordBatchReader:
     """Stream the ratings of a MovieLens release (Harper & Konstan 2015); as `read_csv`."""
     return _files_reader(
-        source.path, lambda path: _text_chunks(path, _layout_of(path, _MOVIELENS)), on_rejected, on_share
+        source.path, lambda path: _text_chunks(path, layout_of(path, _MOVIELENS)), on_rejected, on_share
     )
 
 
@@ -250,102 +252,46 @@ READERS: dict[str, Callable[..., pa.RecordBatchReader]] = {
 }
 
 
-def source_files(path: str) -> list[Path]:
-    """The files that ``path`` (a file or a glob) stands for, in order of name.
-
-    Raises:
-        ValueError: there is none.
-    """
-    if Path(path).is_file():
-        return [Path(path)]
-    files = sorted(Path(match) for match in glob.glob(path, recursive=True) if Path(match).is_file())
-    if not files:
-        found = "is a folder" if Path(path).is_dir() else "does not exist"
-        raise ValueError(f"source {path} {found}; pass a file, or a glob that matches files, as data.source.path=...")
-    return files
-
-
 def _files_reader(
     path: str, open_file: Callable[[Path], Iterator[Chunk]], on_rejected: OnRejected, on_share: OnShare | None
 ) -> pa.RecordBatchReader:
-    """Join the chunks of all files to one stream of `EVENT_SCHEMA`, numbering the events over all of them."""
-    files = source_files(path)
-    sizes = [file.stat().st_size for file in files]
-    # Files are opened here and not at the first batch, so that a wrong path fails before any work is done.
-    opened = [open_file(file) for file in files]
-
-    def batches() -> Iterator[pa.RecordBatch]:
-        next_row = bytes_behind = 0
-        for size, chunks in zip(sizes, opened, strict=True):
-            for (user_id, item_id, timestamp_s), rejected, share in chunks:
-                if rejected is not None:
-                    on_rejected(rejected)
-                source_row = pa.array(np.arange(next_row, next_row + len(user_id), dtype=np.int64))
-                next_row += len(user_id)
-                yield pa.RecordBatch.from_arrays([user_id, item_id, timestamp_s, source_row], schema=EVENT_SCHEMA)
-                if on_share is not None:  # after the yield: the consumer has counted the batch by now
-                    on_share((bytes_behind + share * size) / sum(sizes))
-            bytes_behind += size
-
-    return pa.RecordBatchReader.from_batches(EVENT_SCHEMA, batches())
+    return read_files(source_files(path), open_file, EVENT_SCHEMA, on_rejected, on_share)
 
 
 # Text ----------------------------------------------------------------------------------------------------------------
 
 
-def _layout_of(path: Path, layouts: dict[str, _Layout]) -> _Layout:
-    """The layout that the name of the file announces."""
-    suffix = Path(path.stem).suffix if path.suffix in _CODECS else path.suffix
-    if suffix not in layouts:
-        raise ValueError(f"{path} ends in none of {', '.join(layouts)} (or those and .gz), which tell what it holds")
-    return layouts[suffix]
-
-
 def _text_chunks(path: Path, layout: _Layout) -> Iterator[Chunk]:
-    _refuse_empty(path)
+    refuse_empty(path, "event")
     if layout.delimiter is None or layout.names is not None:
         return _read_text_chunks(path, layout, has_header=False)
-    head, _ = next(_text_blocks(path, _HEAD_BYTES, quoted=layout.quoted), (b"", 1.0))
-    try:
-        header = next(csv.reader(io.StringIO(head.decode()), delimiter=layout.delimiter), [])
-    except csv.Error as error:
-        raise ValueError(_unreadable(path, error)) from None
+    header = read_header(path, delimiter=layout.delimiter, quoted=layout.quoted)
     names = [name.split(":")[0] if layout.typed_header else name for name in header]
     _check_names(path, names, layout.wanted)
     return _read_text_chunks(path, replace(layout, names=tuple(names)), has_header=True)
 
 
 def _read_text_chunks(path: Path, layout: _Layout, *, has_header: bool) -> Iterator[Chunk]:
-    line = 1
-    for block, share in _text_blocks(path, _BLOCK_BYTES, quoted=layout.quoted):
-        if line == 1 and has_header:
-            line, block = 2, block[block.find(b"\n") + 1 :]
-        rejects = Rejects(path)
-        if layout.delimiter is None:
-            columns, lines, num_rows = _json_fields(block, layout, line, rejects)
-        else:
-            columns, lines, num_rows = _fields(block, layout, layout.wanted, line, rejects)
-        if layout.quoted:
-            _check_quotes(path, block, line, num_rows)
-        line += num_rows
-        yield sift(columns, lines, layout.wanted, layout.unit, rejects), rejects.batch(), share
-    if line == 1 + has_header:
-        raise ValueError(
-            f"{path} has {'a header and ' if has_header else ''}no events; pass a file with at least one row"
+    cut: Cut[list[pa.Array]] = partial(_json_fields, layout=layout)
+    if layout.delimiter is not None:
+        assert layout.names is not None
+        cut = partial(
+            fields, names=layout.names, wanted=layout.wanted, delimiter=layout.delimiter, quoted=layout.quoted
         )
+    for columns, lines, rejects, share in text_rows(
+        path, cut, what="events", quoted=layout.quoted, has_header=has_header
+    ):
+        yield sift(columns, lines, layout.wanted, layout.unit, rejects), rejects.batch(), share
 
 
 def _sequence_chunks(path: Path) -> Iterator[Chunk]:
-    _refuse_empty(path)
+    refuse_empty(path, "event")
     return _read_sequence_chunks(path)
 
 
 def _read_sequence_chunks(path: Path) -> Iterator[Chunk]:
-    line, num_events = 1, 0
-    for block, share in _text_blocks(path, _BLOCK_BYTES, quoted=False):
-        rejects = Rejects(path)
-        texts, lines, num_rows = _lines(block, line, rejects)
-        line += num_rows
+    num_events = 0
+    for texts, lines, rejects, share in text_rows(path, lines_of, what="events"):
         tokens = pc.utf8_split_whitespace(pc.utf8_trim_whitespace(texts))
         # An empty line splits into one empty token.
         lengths = np.diff(tokens.offsets.to_numpy())
@@ -369,134 +315,13 @@ def _read_sequence_chunks(path: Path) -> Iterator[Chunk]:
         raise ValueError(f"{path} has no events: all its lines are blank; a line is a user id followed by item ids")
 
 
-def _text_blocks(path: Path, block_bytes: int, *, quoted: bool) -> Iterator[tuple[bytes, float]]:
-    """Whole rows of a file that may be compressed; each block with the share of the file that was read by then.
-
-    Blocks of our own, and not Arrow's reader of streams: that one cannot say which line a bad row is.
-    """
-    try:
-        # The file below and not the stream above knows the place where the text is compressed.
-        with pa.OSFile(str(path)) as file, _decompressed(file, path) as stream:
-            rest = stream.read(block_bytes).removeprefix(_UTF8_BOM)
-            while data := stream.read(block_bytes):
-                end = _end_of_rows(rest, quoted=quoted)
-                if end:
-                    yield _as_utf8(rest[:end]), file.tell() / file.size()
-                rest = rest[end:] + data
-                if len(rest) > _MAX_LINE_BYTES + block_bytes:
-                    raise ValueError(
-                        f"{path} has a row of more than {_MAX_LINE_BYTES} bytes; check that it is text, "
-                        "that it has line ends, and that its quotes are closed"
-                    )
-            if rest := rest.rstrip(b"\r\n"):
-                yield _as_utf8(rest + b"\n"), 1.0
-    except (pa.ArrowInvalid, OSError) as error:
-        raise ValueError(_unreadable(path, error)) from None
-
-
-def _unreadable(path: Path, error: Exception) -> str:
-    return f"{path} cannot be read: {error}; check data.source.format, the delimiter, and that the file is whole"
-
-
-def _as_utf8(block: bytes) -> bytes:
-    """Let `BROKEN` stand for what is not UTF-8: Arrow would refuse the whole block."""
-    try:
-        block.decode()
-    except UnicodeDecodeError:
-        return re.sub("[\udc80-\udcff]+", BROKEN, block.decode(errors="surrogateescape")).encode()
-    return block
-
-
-def _end_of_rows(block: bytes, *, quoted: bool) -> int:
-    """Where the last row of ``block`` ends; 0 if none does."""
-    last = block.rfind(b"\n") + 1
-    if not quoted or block.count(b'"', 0, last) % 2 == 0:
-        return last
-    ends = _ends_outside_quotes(block)
-    # A quote stands alone. Inside a field it says nothing, and `_check_quotes` finds one that was never closed.
-    return int(ends[-1]) if ends.size else 0 if len(block) < _MAX_LINE_BYTES else last
-
-
-def _ends_outside_quotes(block: bytes) -> np.ndarray:
-    """The places after the newlines that an even number of quotes precedes."""
-    characters = np.frombuffer(block, np.uint8)
-    is_quoted = np.logical_xor.accumulate(characters == ord('"'))
-    return np.flatnonzero((characters == ord("\n")) & ~is_quoted) + 1
-
-
-def _check_quotes(path: Path, block: bytes, first_line: int, num_rows: int) -> None:
-    """Refuse a quote that is never closed: all rows after it would be one, and be lost as one."""
-    if block.count(b'"') % 2 == 0 or num_rows == block.count(b"\n"):
-        return
-    ends = _ends_outside_quotes(block)
-    line = first_line + block.count(b"\n", 0, int(ends[-1]) if ends.size else 0)
-    raise ValueError(f"{path}, line {line}: a quote is opened and never closed; close it, or double it inside a field")
-
-
-def _decompressed(file: pa.NativeFile, path: Path) -> pa.NativeFile:
-    codec = _CODECS.get(path.suffix)
-    return file if codec is None else pa.CompressedInputStream(file, codec)
-
-
-def _fields(
-    block: bytes, layout: _Layout, wanted: Sequence[str], first_line: int, rejects: Rejects
-) -> tuple[list[pa.Array], np.ndarray, int]:
-    """The wanted fields of a block as text, the line of each row, and how many rows there were, bad ones included."""
-    if not block:
-        return [pa.array([], pa.string())] * len(wanted), np.empty(0, np.int64), 0
-    unfit: list[pa_csv.InvalidRow] = []
-
-    def skip(row: pa_csv.InvalidRow) -> str:
-        unfit.append(row)
-        return "skip"
-
-    # One block and one thread: only then does Arrow know the numbers of unfit rows. Everything is read as text: a
-    # number that it guessed would lose leading zeros of ids.
-    try:
-        table = pa_csv.read_csv(
-            pa.BufferReader(block),
-            pa_csv.ReadOptions(column_names=layout.names, block_size=len(block) + 1, use_threads=False),
-            pa_csv.ParseOptions(
-                delimiter=layout.delimiter,
-                quote_char='"' if layout.quoted else False,
-                newlines_in_values=layout.quoted,
-                ignore_empty_lines=False,
-                invalid_row_handler=skip,
-            ),
-            pa_csv.ConvertOptions(column_types=dict.fromkeys(wanted, pa.string()), include_columns=wanted),
-        )
-    except pa.ArrowInvalid as error:
-        raise ValueError(_unreadable(rejects.path, error)) from None
-    is_fit = np.ones(len(table) + len(unfit), dtype=bool)
-    is_fit[[row.number - 1 for row in unfit]] = False
-    lines = first_line + np.arange(len(is_fit))
-    rejects.add(
-        lines[~is_fit],
-        "wrong_number_of_fields",
-        [
-            f"has {row.actual_columns} fields, expected {row.expected_columns}"
-            + (f"; quotes join {num_ends + 1} lines to it" if (num_ends := row.text.count("\n")) else "")
-            for row in unfit
-        ],
-    )
-    return [table.column(name).combine_chunks() for name in wanted], lines[is_fit], len(is_fit)
-
-
-def _lines(block: bytes, first_line: int, rejects: Rejects) -> tuple[pa.Array, np.ndarray, int]:
-    """The lines of a block as text, the number of each, and how many there were."""
-    (texts,), lines, num_rows = _fields(block, _LINE, ["line"], first_line, rejects)
-    broken = is_broken(texts)
-    rejects.add(lines[broken], "not_utf8", "is not UTF-8 text")
-    return texts.filter(pa.array(~broken)), lines[~broken], num_rows
-
-
 # JSON lines ----------------------------------------------------------------------------------------------------------
 
 
 def _json_fields(
-    block: bytes, layout: _Layout, first_line: int, rejects: Rejects
+    block: bytes, first_line: int, rejects: Rejects, *, layout: _Layout
 ) -> tuple[list[pa.Array], np.ndarray, int]:
-    texts, lines, num_rows = _lines(block, first_line, rejects)
+    texts, lines, num_rows = lines_of(block, first_line, rejects)
     # Arrow 26 reads past the end at a line `null` and takes two objects of one line for two rows: what it is given
     # begins and ends as an object, and its rows are counted.
     trimmed = pc.utf8_trim_whitespace(texts)
@@ -596,14 +421,6 @@ def _read_parquet_chunks(path: Path, file: pq.ParquetFile, layout: _Layout) -> I
             events = sift(columns, row + np.arange(len(batch)), layout.wanted, layout.unit, rejects)
             row += len(batch)
             yield events, rejects.batch(), (row - 1) / file.metadata.num_rows
-
-
-# Checks --------------------------------------------------------------------------------------------------------------
-
-
-def _refuse_empty(path: Path) -> None:
-    if path.stat().st_size == 0:
-        raise ValueError(f"{path} is empty; pass a file with at least one event")
 
 
 def _check_names(path: Path, found: list[str], wanted: list[str]) -> None:

@@ -1,4 +1,7 @@
-"""Rows of a source that are no events: counted by kind, written with file, line and reason, tolerated up to a share."""
+"""Rows of a source that are no events, or no items: counted by kind, written with file, line and reason.
+
+They are tolerated up to a share.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +41,7 @@ class RejectedRows:
     Use it as a context: the file is there after it, also when the run has failed, and absent if no row was rejected.
 
     Attributes:
-        num_by_kind: rows of each kind.
+        num_by_kind: rows of each kind, since the last `check`.
     """
 
     def __init__(self, path: Path) -> None:
@@ -76,27 +79,38 @@ class RejectedRows:
                 first = pc.index(rows.column("kind"), count["values"]).as_py()
                 self._examples[count["values"]] = _example(rows.slice(first, 1))
 
-    def check(self, num_events: int, *, max_share: float) -> None:
-        """Stop where too many rows were rejected to trust the rest.
+    def check(
+        self, num_good: int, *, max_share: float, what: str = "events", setting: str = "source"
+    ) -> dict[str, int]:
+        """Stop where too many rows of one source were rejected to trust the rest; counting begins anew.
 
         Args:
-            num_events: rows that were events.
+            num_good: rows of it that were not.
             max_share: of the rejected among all rows.
+            what: the rows should be.
+            setting: of the section ``data`` that names the source.
+
+        Returns:
+            Rows of each kind that was rejected.
 
         Raises:
             ValueError: the share is larger; shows the commonest kinds with an example of each.
         """
         num_rejected = self.num_by_kind.total()
-        if num_rejected <= max_share * (num_events + num_rejected):
-            return
+        if num_rejected <= max_share * (num_good + num_rejected):
+            counted = dict(self.num_by_kind)
+            self.num_by_kind.clear()
+            self._examples.clear()
+            return counted
         kinds = "".join(
             f"\n  {count} {kind}, such as {self._examples[kind]}"
             for kind, count in sorted(self.num_by_kind.items(), key=lambda item: (-item[1], item[0]))[:_KINDS_SHOWN]
         )
         raise ValueError(
-            f"{num_rejected} of {num_events + num_rejected} rows are no events, more than "
+            f"{num_rejected} of {num_good + num_rejected} rows are no {what}, more than "
             f"max_rejected_share {max_share:g} allows; all are listed in {self.path}. The commonest:{kinds}\n"
-            "Correct the source or data.source; raise data.max_rejected_share only if the log can do without these rows"
+            f"Correct the source or data.{setting}; raise data.max_rejected_share only if the log can do without these "
+            "rows"
         )
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Annotated, Any, Literal, TypeAlias
@@ -19,6 +20,8 @@ from muonrec.data.shards import ITEMS, USERS
 logger = logging.getLogger(__name__)
 
 _STREAM_ROWS = 2**20
+_STREAM_TEXTS = 2**13
+_INSERT_BYTES = 64 * 2**20
 
 # The relational part, all of it: common table expressions, joins, GROUP BY, window functions and md5, so that another
 # engine can run it. Braces are filled with integers of our own only.
@@ -180,6 +183,23 @@ _SQL_TIE = {
 
 _SQL_ROWS = "SELECT {kind}_id, raw_id FROM {kind}s ORDER BY {kind}_id"
 
+# Only of items of the vocabulary: a file of metadata describes many more.
+_SQL_METADATA = """
+INSERT INTO metadata SELECT b.* FROM batch b JOIN items i ON i.raw_id = b.item_id
+"""
+# What an ancestor knew of items of which the source says nothing.
+_SQL_ANCESTOR_METADATA = """
+INSERT INTO metadata SELECT b.* FROM batch b LEFT JOIN metadata m ON m.item_id = b.item_id WHERE m.item_id IS NULL
+"""
+_SQL_DESCRIBED_ITEMS = """
+WITH firsts AS (SELECT item_id, MIN(source_row) AS source_row FROM metadata GROUP BY item_id)
+SELECT i.item_id AS item_id, i.raw_id AS raw_id, {columns}
+FROM items i
+LEFT JOIN firsts f ON f.item_id = i.raw_id
+LEFT JOIN metadata m ON m.item_id = f.item_id AND m.source_row = f.source_row
+ORDER BY i.item_id
+"""
+
 
 class LeaveOneOut(Config):
     """Last event of a user tests, the one before validates, the rest trains; users with fewer than 3 events only train.
@@ -269,7 +289,8 @@ class EventStore:
     """The events of one log in a DuckDB file, under a memory limit, spilling to disk.
 
     Call `load`, `drop_duplicates`, `drop_repeats` and `drop_ties` where asked, `keep_core`, `build_vocabularies`,
-    `split`, `ordered`, in this order. One store serves one run: its file may be deleted after `close`.
+    `load_metadata` where there is some, `split`, `ordered`, in this order. One store serves one run: its file may be
+    deleted after `close`.
     """
 
     def __init__(self, folder: Path, *, memory_limit: str = "4GiB") -> None:
@@ -367,9 +388,10 @@ class EventStore:
                 break
             rounds.append(counts)
             logger.info(
-                "k-core round %d: %d users, %d items, %d events",
-                len(rounds) - 1, counts["num_users"], counts["num_items"], counts["num_events"],
-            )  # fmt: skip
+                "k-core round %d: %s users, %s items, %s events",
+                len(rounds) - 1,
+                *(f"{counts[name]:,}" for name in ("num_users", "num_items", "num_events")),
+            )
         if not rounds[-1]["num_events"]:
             history = "; ".join(
                 f"round {number}: {kept['num_users']} users, {kept['num_items']} items, {kept['num_events']} events"
@@ -392,6 +414,42 @@ class EventStore:
             num_known = self._number(f"SELECT COUNT(*) FROM known_{kind}s")
             self._connection.execute(_SQL_VOCABULARY.format(kind=kind, num_known=num_known))
         return self._number("SELECT COUNT(*) FROM users"), self._number("SELECT COUNT(*) FROM items")
+
+    def load_metadata(
+        self,
+        reader: pa.RecordBatchReader,
+        ancestor: Path | None = None,
+        *,
+        on_rows: Callable[[int], None] = lambda num_rows: None,
+    ) -> tuple[int, int]:
+        """Store what ``reader`` (`muonrec.data.items.ITEM_SCHEMA`) says of items of the vocabulary.
+
+        Args:
+            reader: the first row of an item stands.
+            ancestor: folder of an earlier data set, whose metadata stands for items of which ``reader`` says nothing.
+            on_rows: called with the number of rows read since the last call.
+
+        Returns:
+            Rows read, and rows of the vocabulary's items that came after another of the same item.
+        """
+        self._execute_with(reader.schema.empty_table(), "CREATE TABLE metadata AS SELECT * FROM batch")
+        num_rows = 0
+        waiting: list[pa.RecordBatch] = []
+        for batch in itertools.chain(reader, [None]):
+            # Each statement looks at the whole vocabulary: few statements of many rows.
+            if waiting and (batch is None or sum(part.nbytes for part in waiting) > _INSERT_BYTES):
+                self._execute_with(pa.Table.from_batches(waiting), _SQL_METADATA)
+                waiting = []
+            if batch is not None:
+                waiting.append(batch)
+                num_rows += len(batch)
+                on_rows(len(batch))
+        num_duplicates = self._number("SELECT COUNT(*) - COUNT(DISTINCT item_id) FROM metadata")
+        if ancestor is not None and set(reader.schema.names[1:-1]) <= set(pq.read_schema(ancestor / ITEMS).names):
+            for batch in pq.ParquetFile(ancestor / ITEMS).iter_batches(batch_size=_STREAM_TEXTS):
+                known = batch.select(["raw_id", *reader.schema.names[1:-1], "item_id"])
+                self._execute_with(known.rename_columns(reader.schema.names), _SQL_ANCESTOR_METADATA)
+        return num_rows, num_duplicates
 
     def time_range_s(self) -> tuple[int, int] | None:
         """First and last timestamp; None without times.
@@ -461,9 +519,18 @@ class EventStore:
         """Stream ``<kind>_id, raw_id`` in order of the id."""
         return self._connection.sql(_SQL_ROWS.format(kind=kind)).to_arrow_reader(_STREAM_ROWS)
 
+    def described_items(self, columns: Sequence[str]) -> pa.RecordBatchReader:
+        """Stream ``item_id, raw_id`` and ``columns`` of the metadata, null where there is none, in order of the id."""
+        sql = _SQL_DESCRIBED_ITEMS.format(columns=", ".join(f"m.{name} AS {name}" for name in columns))
+        return self._connection.sql(sql).to_arrow_reader(_STREAM_TEXTS)
+
     def _insert(self, table: str, batch: pa.RecordBatch) -> None:
+        self._execute_with(batch, f"INSERT INTO {table} SELECT * FROM batch")
+
+    def _execute_with(self, batch: pa.RecordBatch | pa.Table, sql: str) -> None:
+        """Execute ``sql``, to which ``batch`` is a table of that name."""
         self._connection.register("batch", batch)
-        self._connection.execute(f"INSERT INTO {table} SELECT * FROM batch")
+        self._connection.execute(sql)
         self._connection.unregister("batch")
 
     def _keep(self, sql: str) -> int:

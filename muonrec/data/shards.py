@@ -13,7 +13,7 @@ import platform
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -80,6 +80,28 @@ class Ancestor(Config):
     num_items: int
 
 
+class ItemMetadata(Config):
+    """Where the columns of `ITEMS` that describe an item came from (`muonrec.data.items.METADATA`).
+
+    Attributes:
+        fingerprint: sha256 over settings and source.
+        source: path, size and sha256 of every input file.
+        num_rows: rows of the source that describe an item, of the data set or not.
+        num_rejected_by_kind: rows that describe none.
+        num_duplicates: rows of an item of the data set after its first, which stands.
+        num_items_described: items of the data set of which anything is known; of the others all columns are null.
+        num_items_by_column: items that have a value in each column.
+    """
+
+    fingerprint: str
+    source: dict[str, Any]
+    num_rows: int
+    num_rejected_by_kind: dict[str, int]
+    num_duplicates: int
+    num_items_described: int
+    num_items_by_column: dict[str, int]
+
+
 class Manifest(Config):
     """What a data set holds and where it came from; a folder without one is no data set.
 
@@ -100,6 +122,7 @@ class Manifest(Config):
         num_repeats_dropped, num_ties_dropped: events that ``repeats`` and ``ties: drop`` left out, before the k-core.
         num_rejected_by_kind: rows of the source that were no events.
         ancestor: what ``extends`` named; null for a data set of its own.
+        item_metadata: null where none was asked for. It decides nothing of the shards, nor the fingerprint.
         best_possible: of a synthetic source, where it can be known; null otherwise.
         rates: events per second of each phase of the run that wrote it.
     """
@@ -130,6 +153,7 @@ class Manifest(Config):
     config: dict[str, Any]
     source: dict[str, Any]
     ancestor: Ancestor | None
+    item_metadata: ItemMetadata | None = None
     best_possible: BestPossible | None
     rates: dict[str, float]
 
@@ -414,6 +438,35 @@ def load_sequences(folder: str | Path, *, verify_hashes: bool = False, timestamp
         timestamps_s=timestamps_s,
         all_targets=manifest.all_targets,
     )
+
+
+def load_items(folder: str | Path, *, columns: Sequence[str] | None = None) -> pa.Table:
+    """Read what is known of the items, a row per item in order of ``item_id``, from 0.
+
+    Args:
+        folder: what ``python -m pipeline.data`` wrote with ``data.items``.
+        columns: of ``item_id``, ``raw_id``, ``num_train_events`` and those of `muonrec.data.items.METADATA`: ``title``,
+            ``brand``, ``description`` (strings), ``categories``, ``features`` (lists of strings), ``price`` (float64);
+            null where nothing is known. None: all.
+
+    Raises:
+        ValueError: no data set, a damaged one, one without metadata, or an unknown column.
+    """
+    path, manifest = Path(folder) / ITEMS, verify_dataset(folder)
+    if manifest.item_metadata is None:
+        raise ValueError(
+            f"{folder} has no item metadata; name its source as data.items and run python -m pipeline.data"
+        )
+    try:
+        names = pq.read_schema(path).names
+        if unknown := sorted(set(columns or ()) - set(names)):
+            raise ValueError(f"{path} has no column {', '.join(map(repr, unknown))}; it has {', '.join(names)}")
+        table = pq.read_table(path, columns=None if columns is None else list(columns))
+    except pa.ArrowException as error:
+        raise ValueError(_damaged(path, f"cannot be read as Parquet: {error}")) from None
+    if len(table) != manifest.num_items:
+        raise ValueError(_damaged(path, f"has {len(table)} items but the manifest counts {manifest.num_items}"))
+    return table
 
 
 @contextlib.contextmanager

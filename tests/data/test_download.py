@@ -65,7 +65,8 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
     server = Server()
-    monkeypatch.setitem(PLACES, "movielens", Place(server.url, "the terms of MovieLens"))
+    place = Place("Films", server.url, server.url + "meta/", "A licence:", "https://its.place", ("cite it",))
+    monkeypatch.setitem(PLACES, "movielens", place)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     yield server
@@ -144,11 +145,77 @@ def test_the_terms_are_shown_before_the_first_byte(
     tmp_path: Path, server: Server, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     caplog.set_level(logging.INFO)
-    monkeypatch.setattr(module, "download", lambda *_, **__: caplog.messages.append("first byte") or 1 / 0)
+    monkeypatch.setattr(module, "download", lambda *_, **__: logging.info("first byte") or 1 / 0)
     with pytest.raises(ZeroDivisionError):
         fetch("movielens", "ml-9m.zip", tmp_path / "ratings.dat")
-    assert caplog.messages[0] == "the terms of MovieLens"
+    assert caplog.messages[0].splitlines() == [
+        "ml-9m.zip of Films. A licence:",
+        "  - cite it",
+        "  This is a summary in our words; those of the publishers are at https://its.place",
+    ]
+    assert caplog.messages[1:] == [f"downloading {server.url}ml-9m.zip to {tmp_path}/ml-9m.zip", "first byte"]
     assert server.requests == []
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def asking(server: Server, monkeypatch: pytest.MonkeyPatch) -> Server:
+    """A place whose publishers want their terms accepted."""
+    monkeypatch.setitem(PLACES, "movielens", PLACES["movielens"]._replace(asks_acceptance=True))
+    server.files["/ml-9m.zip"] = zipped(ratings_dat=b"1::2::3::4\n")
+    return server
+
+
+def test_terms_that_must_be_accepted_are_shown_and_nothing_is_fetched_without(
+    tmp_path: Path, asking: Server, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = {"format": "movielens", "path": str(tmp_path / "raw" / "ratings.dat"), "download": "ml-9m.zip"}
+    config = DataConfig.model_validate({"source": source, "output": tmp_path / "data"})
+    with pytest.raises(ValueError, match=r"ml-9m.zip are not accepted, .* set data\.source\.accept_terms=true"):
+        build_dataset(config)
+    assert "cite it" in caplog.text
+    assert asking.requests == [] and list((tmp_path / "raw").iterdir()) == []
+    with pytest.raises(ValueError, match=r"set data\.items\.accept_terms=true"):
+        fetch("movielens", "ml-9m.zip", tmp_path / "movies.dat", setting="data.items")
+
+
+def test_terms_are_accepted_by_a_setting(tmp_path: Path, asking: Server) -> None:
+    fetch("movielens", "ml-9m.zip", tmp_path / "ratings.dat", accept_terms=True)
+    assert (tmp_path / "ratings.dat").exists() and len(asking.requests) == 1
+
+
+@pytest.mark.parametrize(
+    ("answer", "accepted"), [("y\n", True), ("Yes\n", True), ("\n", False), ("no\n", False), ("", False)]
+)
+def test_terms_are_accepted_on_a_terminal_by_a_yes_only(
+    tmp_path: Path, asking: Server, monkeypatch: pytest.MonkeyPatch, answer: str, accepted: bool
+) -> None:
+    monkeypatch.setattr("sys.stdin", Terminal(answer))
+    monkeypatch.setattr("sys.stderr", Terminal())
+    if not accepted:
+        with pytest.raises(ValueError, match="are not accepted"):
+            fetch("movielens", "ml-9m.zip", tmp_path / "ratings.dat")
+    else:
+        fetch("movielens", "ml-9m.zip", tmp_path / "ratings.dat")
+    assert (tmp_path / "ratings.dat").exists() == accepted == bool(asking.requests)
+
+
+def test_what_is_there_already_asks_for_nothing(tmp_path: Path, asking: Server) -> None:
+    (tmp_path / "ml-9m.zip").write_bytes(asking.files["/ml-9m.zip"])
+    fetch("movielens", "ml-9m.zip", tmp_path / "ratings.dat")
+    assert asking.requests == []
+
+
+def test_metadata_comes_from_its_own_place(tmp_path: Path, server: Server) -> None:
+    server.files["/meta/meta_Films.json.gz"] = b"metadata"
+    fetch("movielens", "meta_Films.json.gz", tmp_path / "meta.json.gz", setting="data.items")
+    assert (tmp_path / "meta.json.gz").read_bytes() == b"metadata"
+    with pytest.raises(ValueError, match=r"data\.items\.path .*meta.json is to hold meta_Films.json.gz"):
+        fetch("movielens", "meta_Films.json.gz", tmp_path / "meta.json", setting="data.items")
 
 
 def test_a_member_is_taken_out_of_its_archive(tmp_path: Path, server: Server) -> None:
@@ -183,7 +250,14 @@ def test_a_damaged_archive_is_named(tmp_path: Path, server: Server) -> None:
 
 
 def test_every_place_states_its_terms() -> None:
-    assert all(place.url.startswith("https://") and "redistribute" in place.terms for place in PLACES.values())
+    for name, place in PLACES.items():
+        assert place.url.startswith("https://") and place.items_url.startswith("https://")
+        terms = place.terms("folder/ml-1m.zip")
+        assert terms.startswith(f"ml-1m.zip of {place.name}. ")
+        for word in ("redistribute", "cite", "https://", "in our words"):
+            assert word in terms, (name, word)
+    assert "No licence is stated." in PLACES["amazon_2014"].terms("meta_Beauty.json.gz")
+    assert PLACES["movielens"].asks_acceptance and "no commercial" in PLACES["movielens"].terms("ml-1m.zip")
 
 
 def test_the_data_stage_fetches_what_its_source_lacks(tmp_path: Path, server: Server) -> None:

@@ -257,7 +257,7 @@ def test_blocks_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     rows = [f'u{row % 7},"note {row}{ends}and ""more""",i{row},{row}' for row in range(200)]
     path = tmp_path / "log.csv"
     path.write_bytes(ends.join(["user_id,note,item_id,timestamp_s", *rows]).encode("utf-8-sig"))
-    monkeypatch.setattr("muonrec.data.events._BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr("muonrec.data.text._BLOCK_BYTES", block_bytes)
     found = events_of(read_csv(CsvSource(format="csv", path=str(path))))
     assert found == [(f"u{row % 7}", f"i{row}", row) for row in range(200)]
 
@@ -278,7 +278,7 @@ def test_a_quote_inside_a_field_is_part_of_it(
     rows = [f"u{row},{'5 inch screen' if row % 50 else chr(34) + 'x' + chr(34)},i{row},{row}" for row in range(200)]
     rows[20] = 'u20,5" screen,i20,20'
     path = write(tmp_path / "log.csv", "\n".join(["user_id,note,item_id,timestamp_s", *rows]))
-    monkeypatch.setattr("muonrec.data.events._BLOCK_BYTES", block_bytes)
-    monkeypatch.setattr("muonrec.data.events._MAX_LINE_BYTES", 1000)
+    monkeypatch.setattr("muonrec.data.text._BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr("muonrec.data.text._MAX_LINE_BYTES", 1000)
     found = events_of(read_csv(CsvSource(format="csv", path=path)))
     assert found == [(f"u{row}", f"i{row}", row) for row in range(200)]

@@ -14,7 +14,7 @@ import yaml
 
 import pipeline.data
 from muonrec.data.events import CsvSource, read_csv
-from muonrec.data.shards import ITEMS, MANIFEST, USERS, load_sequences, read_manifest
+from muonrec.data.shards import ITEMS, MANIFEST, USERS, Manifest, load_items, load_sequences, read_manifest
 from pipeline.data import DataConfig, build_dataset, check_same_data, load_data_config, main
 
 SYNTHETIC = {"format": "synthetic", "num_users": 60, "num_items": 40, "num_clusters": 4, "events_per_user": 8}
@@ -153,11 +153,12 @@ def test_a_synthetic_log_arrives_whole(tmp_path: Path) -> None:
     assert manifest.num_users == 60
 
 
-def test_sequence_files_go_through_with_their_order(tmp_path: Path) -> None:
+def test_sequence_files_go_through_with_their_order(tmp_path: Path, heard: pytest.LogCaptureFixture) -> None:
     manifest = build_dataset(config(tmp_path, source={"format": "sequences", "path": beauty_like(tmp_path)}, k_core=5))
     sequences = load_sequences(tmp_path / "data", timestamps=True)
     assert (manifest.num_users, manifest.num_items, manifest.num_events) == (20, 8, 120)
     assert manifest.time_range_s is None
+    assert "the source has no times: a user's events are in the order of the file" in heard.text
     assert sequences.timestamps_s is None
     assert sequences.values[:6].tolist() == [0, 1, 2, 3, 4, 5]
     assert manifest.core_rounds == [{"num_users": 20, "num_items": 8, "num_events": 120}]
@@ -175,6 +176,7 @@ def test_the_command_reads_its_section_and_full_path_overrides(tmp_path: Path) -
 
 def test_the_command_ends_with_counts_and_a_rate(tmp_path: Path, heard: pytest.LogCaptureFixture) -> None:
     main([yaml_file(tmp_path)])
+    assert heard.messages[0] == f"building {tmp_path / 'data'} from a synthetic log"
     assert "60 users, 40 items" in heard.text
     assert heard.messages[-1].endswith("events/s")
 
@@ -200,6 +202,9 @@ def test_the_command_ends_with_counts_and_a_rate(tmp_path: Path, heard: pytest.L
             [],
             "valid 0.5 + test 0.5 leave no event to train on",
         ),
+        ({"items": {"format": "csv", "path": "no.csv"}}, [], "no.csv does not exist; pass a file, or a glob"),
+        ({"items": {"format": "sequences", "path": "x"}}, [], "items: Input tag 'sequences'"),
+        ({"items": {"format": "csv", "path": "x", "columns": {"name": "y"}}}, [], "items.columns.name: is not a known"),
         ({"extends": "nothing"}, [], "nothing is not a data set: it does not exist"),
         (
             {"source": {"format": "movielens", "path": "no/ratings.txt", "download": "ratings.csv"}},
@@ -251,7 +256,7 @@ def test_reading_files_knows_how_far_it_is(tmp_path: Path, monkeypatch: pytest.M
     opener = gzip.open if suffix else open
     with opener(tmp_path / f"log.csv{suffix}", "wt") as stream:
         stream.write("\n".join(["user_id,item_id,timestamp_s", *rows]) + "\n")
-    monkeypatch.setattr("muonrec.data.events._BLOCK_BYTES", 2**15)
+    monkeypatch.setattr("muonrec.data.text._BLOCK_BYTES", 2**15)
     source = {"format": "csv", "path": str(tmp_path / f"log.csv{suffix}")}
     shares: list[float] = []
     batches = read_csv(CsvSource.model_validate(source), on_share=shares.append)
@@ -371,6 +376,147 @@ def test_an_extension_of_itself_or_of_a_changed_ancestor_is_noticed(tmp_path: Pa
     assert first.fingerprint != second.fingerprint
     with pytest.raises(ValueError, match=r"data\.extends \(asked False, found True\)"):
         check_same_data(config(tmp_path, output=tmp_path / "new"), second)
+
+
+def items_file(tmp_path: Path, rows: list[dict], name: str = "meta.json") -> dict:
+    (tmp_path / name).write_text("\n".join(json.dumps(row) for row in rows) + "\n")
+    return {"format": "amazon_2018", "path": str(tmp_path / name)}
+
+
+ITEM_ROWS = [
+    {"asin": "nobody", "title": "not in the log"},
+    {"asin": "i2", "title": "Two", "category": ["A", "B"], "price": "$2"},
+    {"asin": "i0", "title": "Zero &amp; more", "description": ["a", "b"]},
+    {"asin": "i2", "title": "Two again"},
+    {"asin": "i3"},
+]
+
+
+def log_of_items(tmp_path: Path, num_items: int = 5) -> dict:
+    return csv_log(tmp_path, [f"u{user},i{item},{item}" for user in range(4) for item in range(num_items)])
+
+
+def test_item_metadata_stand_in_the_rows_of_their_items(tmp_path: Path, heard: pytest.LogCaptureFixture) -> None:
+    plain = build_dataset(config(tmp_path, source=log_of_items(tmp_path)))
+    with pytest.raises(ValueError, match=r"has no item metadata; name its source as data\.items"):
+        load_items(tmp_path / "data")
+    asked = config(tmp_path, source=log_of_items(tmp_path), items=items_file(tmp_path, ITEM_ROWS))
+    manifest = build_dataset(asked)
+    table = load_items(tmp_path / "data")
+    assert table.column("item_id").to_pylist() == [0, 1, 2, 3, 4]
+    assert table.column("raw_id").to_pylist() == ["i0", "i1", "i2", "i3", "i4"]
+    assert table.column("title").to_pylist() == ["Zero & more", None, "Two", None, None], (
+        "the first row of an item stands"
+    )
+    assert table.column("categories").to_pylist() == [None, None, ["A", "B"], None, None]
+    assert table.column("description").to_pylist() == ["a b", None, None, None, None]
+    assert load_items(tmp_path / "data", columns=["price"]).to_pydict() == {"price": [None, None, 2.0, None, None]}
+    with pytest.raises(ValueError, match=r"items\.parquet has no column 'colour'; it has item_id, raw_id, num_train"):
+        load_items(tmp_path / "data", columns=["colour"])
+
+    metadata = manifest.item_metadata
+    assert metadata is not None
+    assert (metadata.num_rows, metadata.num_duplicates, metadata.num_items_described) == (5, 1, 2)
+    assert metadata.num_items_by_column == {
+        "title": 2, "brand": 0, "categories": 1, "features": 0, "description": 1, "price": 1
+    }  # fmt: skip
+    assert [file["path"] for file in metadata.source["files"]] == [str(tmp_path / "meta.json")]
+    assert "5 rows describe 2 of 5 items (2 with title, 1 with categories, 1 with description" in heard.text
+    assert read_manifest(tmp_path / "data") == manifest
+
+    shards = {name for name in plain.files if name != ITEMS}
+    assert manifest.fingerprint == plain.fingerprint, "runs on the same sequences stay comparable"
+    assert {name: manifest.files[name] for name in shards} == {name: plain.files[name] for name in shards}
+    check_same_data(asked, plain)
+    load_sequences(tmp_path / "data", verify_hashes=True)
+
+
+def test_metadata_of_other_ids_are_pointed_out(tmp_path: Path, heard: pytest.LogCaptureFixture) -> None:
+    build_dataset(config(tmp_path, source=log_of_items(tmp_path), items=items_file(tmp_path, ITEM_ROWS[:1])))
+    assert "1 rows describe 0 of 5 items (none is in the log: are the ids the same?)" in heard.text
+
+
+def test_changed_metadata_are_noticed_and_unchanged_ones_skipped(tmp_path: Path) -> None:
+    def build(items: dict | None) -> tuple[Manifest, int]:
+        manifest = build_dataset(config(tmp_path, source=log_of_items(tmp_path), items=items))
+        return manifest, (tmp_path / "data" / MANIFEST).stat().st_ino
+
+    first, written = build(items_file(tmp_path, ITEM_ROWS))
+    assert build(items_file(tmp_path, ITEM_ROWS, "moved.json")) == (first, written)
+    second, rewritten = build(items_file(tmp_path, ITEM_ROWS[:2]))
+    assert rewritten != written
+    assert second.item_metadata is not None and second.item_metadata.num_rows == 2
+    assert build(None)[0].item_metadata is None
+
+
+def test_rejected_items_are_listed_with_the_rejected_events_and_counted_apart(
+    tmp_path: Path, heard: pytest.LogCaptureFixture
+) -> None:
+    source = csv_log(tmp_path, [f"u{row % 9},i{row % 7},{row}" for row in range(97)] + ["u,i,noon"])
+    items = items_file(tmp_path, [*ITEM_ROWS, {"title": "whose?"}, {"asin": 7}])
+    with pytest.raises(
+        ValueError, match=r"2 of 7 rows are no items, .*\n  1 no_item_id, such as [^\n]*meta\.json, line 6"
+    ):
+        build_dataset(config(tmp_path, source=source, items=items, max_rejected_share=0.2))
+    assert not (tmp_path / "data").exists()
+    manifest = build_dataset(config(tmp_path, source=source, items=items, max_rejected_share=0.3))
+    assert manifest.num_rejected_by_kind == {"time_not_a_number": 1}
+    assert manifest.item_metadata is not None
+    assert manifest.item_metadata.num_rejected_by_kind == {"no_item_id": 1, "wrong_type": 1}
+    assert "2 rows of metadata were no items (1 no_item_id, 1 wrong_type): listed in" in heard.text
+    rejected = pq.read_table(tmp_path / "data.rejected.parquet").to_pylist()
+    assert [(Path(row["file"]).name, row["line"]) for row in rejected] == [
+        ("log.csv", 99),
+        ("meta.json", 6),
+        ("meta.json", 7),
+    ]
+
+
+def test_an_extension_appends_described_items_and_keeps_what_its_ancestor_knew(tmp_path: Path) -> None:
+    rows = [{"asin": "i0", "title": "old zero", "category": ["x"]}, {"asin": "i4", "title": "old four"}]
+    build_dataset(config(tmp_path, source=log_of_items(tmp_path), items=items_file(tmp_path, rows)))
+    log_rows = [f"u{user},{item},{time}" for user in range(4) for time, item in enumerate(["a", "i4", "z"])]
+    log = csv_log(tmp_path, log_rows, "new.csv")
+    settings = {"source": log, "output": tmp_path / "new", "extends": tmp_path / "data"}
+    others = [{"asin": f"other{row}", "title": "of no item here"} for row in range(9)]
+    rows = [*others, {"asin": "z", "title": "new z"}, {"asin": "i4", "title": "new four"}]
+    manifest = build_dataset(config(tmp_path, **settings, items=items_file(tmp_path, rows, "new.json")))
+    table = load_items(tmp_path / "new")
+    assert table.column("raw_id").to_pylist() == ["i0", "i1", "i2", "i3", "i4", "a", "z"]
+    assert table.column("title").to_pylist() == ["old zero", None, None, None, "new four", None, "new z"]
+    assert table.column("categories").to_pylist() == [["x"]] + [None] * 6
+    assert manifest.item_metadata is not None
+    assert (manifest.item_metadata.num_items_described, manifest.item_metadata.num_duplicates) == (3, 0)
+    build_dataset(config(tmp_path, **{**settings, "output": tmp_path / "plain"}))
+    with pytest.raises(ValueError, match="has no item metadata"):
+        load_items(tmp_path / "plain")
+    build_dataset(config(tmp_path, source=log_of_items(tmp_path)))
+    build_dataset(config(tmp_path, **settings, items=items_file(tmp_path, rows, "new.json")))
+    assert load_items(tmp_path / "new").column("title").to_pylist() == [None] * 4 + ["new four", None, "new z"]
+
+
+def test_an_ancestor_with_other_metadata_is_noticed(tmp_path: Path) -> None:
+    fingerprints = []
+    for title in ("one", "two"):
+        items = items_file(tmp_path, [{"asin": "i0", "title": title}], "old.json")
+        build_dataset(config(tmp_path, source=log_of_items(tmp_path), items=items))
+        settings = {"source": log_of_items(tmp_path), "output": tmp_path / "new", "extends": tmp_path / "data"}
+        manifest = build_dataset(config(tmp_path, **settings, items=items_file(tmp_path, ITEM_ROWS[:1], "new.json")))
+        assert manifest.item_metadata is not None
+        fingerprints.append(manifest.item_metadata.fingerprint)
+        assert load_items(tmp_path / "new").column("title")[0].as_py() == title
+    assert fingerprints[0] != fingerprints[1]
+
+
+def test_metadata_of_many_items_fit_a_small_memory_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("muonrec.data.sequences._INSERT_BYTES", 2**22)  # several inserts
+    rows = [{"asin": f"i{item}", "title": "t", "description": [f"{item}" * 300]} for item in range(20_000)]
+    source = csv_log(tmp_path, [f"u{item % 50},i{item},{item}" for item in range(0, 20_000, 2)])
+    build_dataset(config(tmp_path, source=source, items=items_file(tmp_path, rows), memory_limit="96MiB"))
+    table = load_items(tmp_path / "data")
+    described = zip(table.column("raw_id").to_pylist(), table.column("description").to_pylist(), strict=True)
+    assert len(table) == 10_000
+    assert all(text == raw_id[1:] * 300 for raw_id, text in described)
 
 
 @pytest.mark.parametrize("path", sorted((Path(__file__).parents[2] / "configs").glob("*/*.yaml")), ids=str)

@@ -17,6 +17,7 @@ import yaml
 import pipeline.eval as stage
 from muonrec.data.shards import load_sequences
 from muonrec.mesh import Ranks
+from muonrec.metrics import bootstrap_interval
 from muonrec.report import read_ranks
 from pipeline.data import build_dataset, load_data_config
 from tests.distributed.ranks import run_on_ranks
@@ -244,6 +245,14 @@ def test_a_split_with_several_targets_per_user_ranks_each_and_recommends_to_each
     places = sequences.offsets[columns["user_id"]] + columns["history_length"]
     assert places.tolist() == sequences.target_ids("test").tolist()
     assert columns["target"].tolist() == sequences.values[places].tolist()
+
+    hits = (columns["num_greater"] < 10).astype(float)  # no ties among random scores
+    of_users = bootstrap_interval(hits, columns["user_id"], num_resamples=50)
+    assert found["metrics"]["recall@10"] == pytest.approx(of_users._asdict(), rel=1e-12)
+    assert bootstrap_interval(hits, num_resamples=50).low != of_users.low
+    for rows in found["breakdowns"].values():
+        assert sum(row["num_targets"] for row in rows) == found["num_targets"]
+        assert all(row["num_users"] <= found["num_users"] for row in rows)
 
     raw_users, raw_items = (
         pq.read_table(tmp_path / "data" / name).column("raw_id").to_pylist()
