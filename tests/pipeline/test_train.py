@@ -275,16 +275,16 @@ def damage(folder, kind):
     return "is of another model"
 
 
-def train_and_listen(path):
+def train_and_listen(path, *overrides):
     """Train; what was warned of."""
     warned = []
     handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: warned.append(record.getMessage())
-    logging.getLogger("pipeline").addHandler(handler)
+    logging.getLogger("muonrec").addHandler(handler)
     try:
-        train_from(path)
+        train_from(path, *overrides)
     finally:
-        logging.getLogger("pipeline").removeHandler(handler)
+        logging.getLogger("muonrec").removeHandler(handler)
     return warned
 
 
@@ -300,8 +300,9 @@ def test_a_checkpoint_that_cannot_be_used_is_named_and_the_one_before_used(datas
     for kind in ("truncated", "bit flipped", "file missing", "other version", str(foreign)):
         fault = damage(last, kind)
         warned, others = run_on_ranks(2, train_and_listen, path)
-        assert len(warned) == 1 and fault in warned[0] and others == [], kind
-        assert "step-00000006" in warned[0] and "is renamed to unusable-step-00000006" in warned[0]
+        assert len(warned) == 2 and fault in warned[0] and others == [], kind
+        assert "step-00000006" in warned[0] and warned[0].endswith("; step-00000004 is used instead")
+        assert warned[1] == f"{last} is renamed to unusable-step-00000006"
         assert losses(tmp_path / "run") == expected, kind
         assert (last.parent / "unusable-step-00000006").is_dir() and last.is_dir()
 
