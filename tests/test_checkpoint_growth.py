@@ -109,7 +109,7 @@ def test_the_first_rows_and_their_state_go_on_and_new_ones_start_afresh(tmp_path
 
 
 # Twice the rows: then two column shards of the old table have the size of one of the new.
-@pytest.mark.parametrize("new", [OLD + 40, 2 * OLD])
+@pytest.mark.parametrize(("optimizer", "new"), [("rowwise_adagrad", 2 * OLD), ("partial_rowwise_adam", OLD + 40)])
 @pytest.mark.parametrize(
     ("before", "after"),
     [
@@ -117,23 +117,26 @@ def test_the_first_rows_and_their_state_go_on_and_new_ones_start_afresh(tmp_path
         *((before, "column_wise") for before in ("row_wise", "table_wise")),
     ],
 )
-def test_row_statistics_go_on_between_column_wise_and_others(tmp_path, before, after, new):
+def test_row_statistics_go_on_between_column_wise_and_others(tmp_path, before, after, optimizer, new):
     folder = tmp_path / "step-1"
-    old_weights, old_state = run_on_ranks(2, save_trained, folder, {"sharding": before})[0]
-    (old,) = old_state.values()
-    old_nQ = old.view(-1, OLD)
-    assert len(old_nQ) == (2 if before == "column_wise" else 1)
-    for got in run_on_ranks(2, load_grown, folder, {"sharding": after, "num_items": new}):
+    settings = {"sharding": before, "optimizer": optimizer}
+    old_weights, old_state = run_on_ranks(2, save_trained, folder, settings)[0]
+    settings = {"sharding": after, "optimizer": optimizer, "num_items": new}
+    for got in run_on_ranks(2, load_grown, folder, settings):
         check_first_rows_go_on(got, old_weights, new)
-        (state,) = got[2].values()
-        state_mR = state.view(-1, new)
-        assert len(state_mR) == (2 if after == "column_wise" else 1)
-        if before == "column_wise" and after != "column_wise":
-            # Shards of equal width: their mean, in another order of sums.
-            torch.testing.assert_close(state_mR[0, :OLD], old_nQ.mean(0), rtol=1e-6, atol=0)
-        else:
-            assert torch.equal(state_mR[:, :OLD], old_nQ.expand(len(state_mR), -1))
-        assert not state_mR[:, OLD:].any()
+        assert got[2].keys() == old_state.keys()
+        for key, state in got[2].items():
+            if state.dim() > 1 or key.endswith(".iter"):  # of each element; of the table
+                assert torch.equal(state[:OLD], old_state[key]) and not state[OLD:].any()
+                continue
+            old_nQ, state_mR = old_state[key].view(-1, OLD), state.view(-1, new)
+            assert [len(old_nQ), len(state_mR)] == [2 if way == "column_wise" else 1 for way in (before, after)]
+            if before == "column_wise" and after != "column_wise":
+                # Shards of equal width: their mean, in another order of sums.
+                torch.testing.assert_close(state_mR[0, :OLD], old_nQ.mean(0), rtol=1e-6, atol=0)
+            else:
+                assert torch.equal(state_mR[:, :OLD], old_nQ.expand(len(state_mR), -1))
+            assert old_nQ.any() and not state_mR[:, OLD:].any()
 
 
 def test_what_is_not_named_does_not_grow_and_nothing_shrinks(tmp_path):
