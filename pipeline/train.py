@@ -198,8 +198,8 @@ def main() -> int:
         "examples:\n"
         "  torchrun --nproc-per-node 2 -m pipeline.train configs/demo/sasrec.yaml\n"
         "  torchrun --nproc-per-node 2 -m pipeline.train configs/demo/sasrec.yaml dense_optimizer=adamw output=out/a\n"
-        "  torchrun --nproc-per-node 2 -m pipeline.train CONFIG data.source.path=new.csv data.output=out/data/new "
-        "data.extends=out/data/old output=out/new init_from=out/old   # after pipeline.data with the same data.*\n"
+        "  torchrun --nproc-per-node 2 -m pipeline.train CONFIG data.output=out/data/day2 data.extends=out/data/day1 \\"
+        "\n      data.source.path=day2.csv output=out/day2 init_from=out/day1   # after pipeline.data with the same\n"
         "  python -m pipeline.train configs/demo/sasrec.yaml --plan 16x8 --hbm 80 --rows item=200000000",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -230,7 +230,7 @@ def train(config: TrainConfig, ranks: Ranks) -> None:
     run = Run.start(config, ranks)
     root = config.output / "checkpoints"
     step, best = run.resume(root)
-    accumulated = AccumulatedStep(run.optimizer)
+    accumulated = AccumulatedStep(run.optimizer, run.model)
     pipeline = TrainPipelineSparseDist(run.model, accumulated, ranks.device)
     log = RunLog(
         config.output, enabled=ranks.is_first, start_step=step, num_steps=run.num_steps, tensorboard=config.tensorboard
@@ -392,6 +392,8 @@ class Run:
     def growing_tables(self, source: Path, fingerprint: str) -> list[str]:
         """Weights with new rows since ``source`` was trained. Raises ValueError where its rows mean other items."""
         check_trained_on(source, fingerprint, self.sequences.manifest, self.config, may_grow=True)
+        if fingerprint == self.sequences.manifest.fingerprint:  # or a file of weights that does not say
+            return []
         return [name for name in self.model.state_dict() if table_of(name) == "item"]
 
     def micro_steps(self, step: int) -> range:
@@ -517,6 +519,7 @@ def make_model(config: TrainConfig, sequences: Sequences, ranks: Ranks) -> tuple
         dense=config.dense_sharding,
         ranks=ranks,
         batch_size=max(config.batch_size // config.accumulate_steps // ranks.num_ranks, 1),
+        accumulates=config.accumulate_steps > 1,
     )
     initialize_tables(sharded, std={name: table.init_std for name, table in config.tables.items()}, seed=config.seed)
     return sharded, plan

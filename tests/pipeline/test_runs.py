@@ -161,6 +161,10 @@ def test_weights_from_a_file_grow_too(data, tmp_path):
         assert torch.equal(got[WEIGHT][:before], weights[WEIGHT])
         assert torch.equal(got[WEIGHT][before:], fresh[before:])
         assert not any(piece.any() for piece in statistics.values())
+    # A file that does not say of which data it is has to have all rows.
+    checkpoint.export_weights(checkpoint.newest_first(tmp_path / "old" / "checkpoints")[0], file)
+    message, _, _ = run_on_ranks(2, listening, at_start, path, f"init_from={file}")[1]
+    assert f"{WEIGHT} is [{before}, 32] there and [{len(fresh)}, 32] here" in message
 
 
 def test_data_that_do_not_descend_are_refused_and_a_resumed_run_keeps_its_data(data, tmp_path):
