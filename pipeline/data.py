@@ -145,7 +145,8 @@ def build_dataset(config: DataConfig) -> Manifest:
         OSError: the source was to be downloaded, and cannot be.
     """
     put_right(config.output)
-    ancestor = _ancestor(config)
+    ancestors = _ancestors(config)
+    ancestor = ancestors[0] if ancestors else None
     for setting, asked in (("source", config.source), ("items", config.items)):
         if isinstance(asked, AmazonSource | MovielensSource | AmazonItems | MovielensItems) and asked.download:
             fetch(
@@ -234,6 +235,7 @@ def build_dataset(config: DataConfig) -> Manifest:
             config=config.model_dump(mode="json"),
             source=source,
             ancestor=ancestor,
+            older_ancestors=ancestors[1:],
             item_metadata=metadata
             and ItemMetadata(fingerprint=items_fingerprint, source=items_source, **metadata, **described),
             best_possible=_best_possible(config, complete=num_events == num_source_events),
@@ -299,13 +301,14 @@ def _deciding(settings: dict[str, Any]) -> dict[str, Any]:
     return settings
 
 
-def _ancestor(config: DataConfig) -> Ancestor | None:
+def _ancestors(config: DataConfig) -> list[Ancestor]:
     if config.extends is None:
-        return None
+        return []
     if config.extends.resolve() == config.output.resolve():
         raise ValueError(f"data.extends {config.extends} is the output itself; pass another folder as data.output")
     manifest = verify_dataset(config.extends)
-    return Ancestor(**manifest.model_dump(include={"fingerprint", "num_users", "num_items"}))
+    nearest = Ancestor(**manifest.model_dump(include={"fingerprint", "num_users", "num_items"}))
+    return [nearest, *manifest.ancestors]
 
 
 def _rejected_path(output: Path) -> Path:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from muonrec import checkpoint
 from muonrec.runlog import configure_logging, run_stage
-from pipeline.train import choose_checkpoint
+from pipeline.runs import choose_checkpoints
 
 logger = logging.getLogger(__name__)
 
@@ -33,10 +33,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def export(run: Path, file: Path, *, which: str = "best") -> None:
     """Write the weights of a run's best or last checkpoint to ``file``."""
-    folder = choose_checkpoint(run, which)
-    progress = checkpoint.read_progress(folder)
-    checkpoint.export_weights(folder, file, notes={"step": str(progress["step"]), "data": progress["data"]})
-    logger.info("wrote the weights of %s to %s", folder, file)
+
+    def write(folder: Path) -> None:
+        progress = checkpoint.read_progress(folder)
+        checkpoint.export_weights(folder, file, notes={"step": str(progress["step"]), "data": progress["data"]})
+
+    used = checkpoint.use_first(choose_checkpoints(run, which), write)
+    assert used is not None
+    logger.info("wrote the weights of %s to %s", used.folder, file)
 
 
 if __name__ == "__main__":

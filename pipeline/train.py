@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-import torch.distributed as dist
-import yaml
 from pydantic import BeforeValidator, Field, model_validator
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
@@ -25,7 +23,7 @@ from muonrec.data.loader import TrainingBatches, evaluation_batches, seen_items
 from muonrec.data.shards import Sequences, load_sequences
 from muonrec.embeddings.fused import AccumulatedStep, JoinedOptimizer, build_optimizer, check_tables
 from muonrec.embeddings.sharding import DenseSharding, format_plan, shard_model
-from muonrec.embeddings.tables import TableConfig, initialize_tables
+from muonrec.embeddings.tables import TableConfig, initialize_tables, table_of
 from muonrec.losses import Loss, NextItemLoss
 from muonrec.mesh import Ranks, join_ranks
 from muonrec.metrics import ranking_metrics
@@ -35,6 +33,7 @@ from muonrec.retrieval import rank_targets
 from muonrec.runlog import Clock, RunLog, configure_logging, run_stage
 from pipeline.data import DataConfig, check_same_data
 from pipeline.plan import parse_ranks, parse_rows, print_plan
+from pipeline.runs import check_output, check_trained_on, choose_checkpoints, first_items
 
 logger = logging.getLogger(__name__)
 
@@ -130,7 +129,9 @@ class TrainConfig(Config):
 
     Attributes:
         init_from: a run, a checkpoint or a safetensors file to take the weights from, and from the first two the state
-            of the tables; steps are counted from 0 and the dense optimizers start afresh.
+            of the tables; steps are counted from 0 and the dense optimizers start afresh. Where this data set extends
+            the one it was trained on, over any number of `data.extends`, the tables grow: known items keep their rows
+            and state, new ones start as in a new model.
         accumulate_steps: micro-batches that a global batch is computed in. The dense gradients are those of the whole
             batch. FBGEMM updates its tables in the backward pass, hence at every micro-batch, by that one's part of the
             batch's gradient; with row-wise Adagrad that is not the update of the sum.
@@ -187,13 +188,6 @@ _SCHEDULED: Mapping[str, Literal["tables", "dense", "adamw"]] = {
     "adamw": "adamw",
 }
 
-# What may differ when a run is resumed: it changes where things are computed or written, not what is learned.
-_MAY_DIFFER = {"dense_sharding", "log_every_steps", "tensorboard", "checkpoints"}
-_TABLES_MAY_DIFFER = {"sharding"}
-
-# What may differ from the run that ``init_from`` names, when all that shall change is the dense optimizer.
-_OF_DENSE_OPTIMIZER = {"dense_optimizer", "adamw", "routing", "schedule", "schedules", "max_grad_norm", "init_from"}
-
 
 def main() -> int:
     """Parse the command line and train, resuming where an earlier run of the same config stopped."""
@@ -204,6 +198,8 @@ def main() -> int:
         "examples:\n"
         "  torchrun --nproc-per-node 2 -m pipeline.train configs/demo/sasrec.yaml\n"
         "  torchrun --nproc-per-node 2 -m pipeline.train configs/demo/sasrec.yaml dense_optimizer=adamw output=out/a\n"
+        "  torchrun --nproc-per-node 2 -m pipeline.train CONFIG data.output=out/data/day2 data.extends=out/data/day1 \\"
+        "\n      data.source.path=day2.csv output=out/day2 init_from=out/day1   # after pipeline.data with the same\n"
         "  python -m pipeline.train configs/demo/sasrec.yaml --plan 16x8 --hbm 80 --rows item=200000000",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -234,7 +230,7 @@ def train(config: TrainConfig, ranks: Ranks) -> None:
     run = Run.start(config, ranks)
     root = config.output / "checkpoints"
     step, best = run.resume(root)
-    accumulated = AccumulatedStep(run.optimizer)
+    accumulated = AccumulatedStep(run.optimizer, run.model)
     pipeline = TrainPipelineSparseDist(run.model, accumulated, ranks.device)
     log = RunLog(
         config.output, enabled=ranks.is_first, start_step=step, num_steps=run.num_steps, tensorboard=config.tensorboard
@@ -336,68 +332,69 @@ class Run:
         Raises:
             ValueError: there are checkpoints, and none can be used or they are of other data.
         """
-        found = [checkpoint.finished(root)]
-        # The first rank decides: a rank on a machine that does not see the folder fails here instead of starting anew.
-        dist.broadcast_object_list(found, src=0)
-        unusable: dict[Path, str] = {}
-        for folder in reversed(found[0]):
-            try:
-                progress = checkpoint.load(folder, self.model, self.optimizer)
-            except checkpoint.UnusableCheckpoint as error:
-                unusable[folder] = str(error)
-                continue
-            self.check_same_data(folder, progress["data"])
-            for bad, fault in unusable.items():
-                checkpoint.set_aside(bad)
-                if self.ranks.is_first:
-                    logger.warning("%s; it is renamed to unusable-%s, and the one before is used", fault, bad.name)
-            step, best = progress["step"], Best(**progress["best"])
-            # What was cut off left behind.
-            checkpoint.prune(root, keep=self.config.checkpoints.keep, best=best.step)
-            logger.info("resumed from %s", folder)
-            return step, best
-        if unusable:
-            raise ValueError(
-                f"no checkpoint in {root} can be used: {'; '.join(unusable.values())}; pass output=another/folder, or "
-                f"delete {root} to start anew"
-            )
-        if self.config.init_from is not None:
-            self.initialize_from(self.config.init_from)
-        return 0, Best()
+        used = checkpoint.use_first(checkpoint.newest_first(root), self.load_own)
+        if used is None:
+            if self.config.init_from is not None:
+                self.initialize_from(self.config.init_from)
+            return 0, Best()
+        for folder in used.passed_over:
+            checkpoint.set_aside(folder)
+        step, best = used.result["step"], Best(**used.result["best"])
+        # What was cut off left behind.
+        checkpoint.prune(root, keep=self.config.checkpoints.keep, best=best.step)
+        logger.info("resumed from %s", used.folder)
+        return step, best
+
+    def load_own(self, folder: Path) -> dict[str, Any]:
+        """Load everything from a checkpoint of this run; its progress."""
+        check_trained_on(folder, checkpoint.read_progress(folder)["data"], self.sequences.manifest, self.config)
+        return checkpoint.load(folder, self.model, self.optimizer)
 
     def initialize_from(self, source: Path) -> None:
         """Take the weights, and the tables' state where there is one, from another run; nothing else.
 
+        A table whose data set extends the source's has new rows; those stay as they are drawn, without state.
+
         Args:
-            source: a run (its newest checkpoint), a checkpoint, or a safetensors file.
+            source: a run (its newest checkpoint that can be used), a checkpoint, or a safetensors file.
         """
-        folder = source if checkpoint.is_committed(source) else checkpoint.newest(source / "checkpoints")
         if source.is_file():
-            notes = checkpoint.import_weights(source, self.model)
-            self.check_same_data(source, notes.get("data", self.sequences.manifest.fingerprint))
+            fingerprint = checkpoint.read_notes(source).get("data", self.sequences.manifest.fingerprint)
+            checkpoint.import_weights(source, self.model, grows=self.growing_tables(source, fingerprint))
             logger.info("started from the weights in %s; every optimizer starts afresh, tables too", source)
-        elif folder is not None:
-            progress = checkpoint.load(folder, self.model, self.optimizer.parts["tables"])
-            self.check_same_data(folder, progress["data"])
+        else:
+            folders = [source] if checkpoint.is_committed(source) else checkpoint.newest_first(source / "checkpoints")
+            used = checkpoint.use_first(folders, self.load_weights)
+            if used is None:
+                raise ValueError(
+                    f"init_from={source} is no run with a finished checkpoint, no checkpoint and no file; pass the "
+                    "output of python -m pipeline.train, or what python -m pipeline.export wrote"
+                )
+            fingerprint = used.result["data"]
             logger.info(
                 "started from %s, step %d: weights and the tables' optimizer state are kept, the momentum of the dense "
                 "optimizers starts afresh",
-                folder,
-                progress["step"],
+                used.folder,
+                used.result["step"],
             )
-        else:
-            raise ValueError(
-                f"init_from={source} is no run with a finished checkpoint, no checkpoint and no file; pass the output "
-                "of python -m pipeline.train, or what python -m pipeline.export wrote"
+        before, now = first_items(self.sequences.manifest, fingerprint), self.sequences.num_items
+        if before != now:
+            logger.info(
+                "table item grows from %s to %s rows; %s new rows start fresh",
+                *(f"{count:,}" for count in (before, now, now - before)),
             )
 
-    def check_same_data(self, source: Path, fingerprint: str) -> None:
-        """Refuse weights whose rows mean other items, by ValueError."""
-        if fingerprint != self.sequences.manifest.fingerprint:
-            raise ValueError(
-                f"{source} was trained on other data than {self.config.data.output} holds now; "
-                "rebuild that data set as it was, or pass output=another/folder to start anew"
-            )
+    def load_weights(self, folder: Path) -> dict[str, Any]:
+        """Load weights and the tables' state from a checkpoint of another run; its progress."""
+        grows = self.growing_tables(folder, checkpoint.read_progress(folder)["data"])
+        return checkpoint.load(folder, self.model, self.optimizer.parts["tables"], grows=grows)
+
+    def growing_tables(self, source: Path, fingerprint: str) -> list[str]:
+        """Weights with new rows since ``source`` was trained. Raises ValueError where its rows mean other items."""
+        check_trained_on(source, fingerprint, self.sequences.manifest, self.config, may_grow=True)
+        if fingerprint == self.sequences.manifest.fingerprint:  # or a file of weights that does not say
+            return []
+        return [name for name in self.model.state_dict() if table_of(name) == "item"]
 
     def micro_steps(self, step: int) -> range:
         """The loader's batches that make up global batch ``step``; the last of an epoch has what is left of it."""
@@ -522,6 +519,7 @@ def make_model(config: TrainConfig, sequences: Sequences, ranks: Ranks) -> tuple
         dense=config.dense_sharding,
         ranks=ranks,
         batch_size=max(config.batch_size // config.accumulate_steps // ranks.num_ranks, 1),
+        accumulates=config.accumulate_steps > 1,
     )
     initialize_tables(sharded, std={name: table.init_std for name, table in config.tables.items()}, seed=config.seed)
     return sharded, plan
@@ -559,57 +557,29 @@ def load_run(folder: str | Path, which: str, ranks: Ranks) -> tuple[ShardedEncod
             f"{folder} is not a run: there is no resolved.yaml; pass the output of python -m pipeline.train"
         )
     config = load_config(TrainConfig, resolved)
-    found = choose_checkpoint(folder, which)
+    folders = choose_checkpoints(folder, which)
     sequences = load_sequences(config.data.output)
-    model, _ = make_model(config, sequences, ranks)
-    progress = checkpoint.load(found, model)
+    model, _ = make_model(without_table_optimizers(config), sequences, ranks)
+
+    def load(folder: Path) -> int:
+        progress = checkpoint.read_progress(folder)
+        check_trained_on(folder, progress["data"], sequences.manifest, config)
+        checkpoint.load(folder, model)
+        return progress["step"]
+
+    used = checkpoint.use_first(folders, load)
+    assert used is not None
     encoder = ShardedEncoder(model, num_items=sequences.num_items, device=ranks.device)
-    return encoder, config, sequences, progress["step"]
+    return encoder, config, sequences, used.result
 
 
-def choose_checkpoint(folder: Path, which: str) -> Path:
-    """The ``best`` checkpoint of a run on validation, or the ``last``.
-
-    Raises:
-        ValueError: the folder has no finished checkpoint.
-    """
-    last = checkpoint.newest(folder / "checkpoints")
-    if last is None:
-        raise ValueError(f"{folder} has no finished checkpoint; train it first, or until its first validation")
-    best_step = checkpoint.read_progress(last)["best"]["step"]
-    return checkpoint.step_folder(last.parent, best_step) if which == "best" and best_step else last
-
-
-def check_output(config: TrainConfig) -> None:
-    """Refuse an output folder that holds a run of another config.
-
-    Raises:
-        ValueError: names what differs.
-    """
-    resolved = config.output / "resolved.yaml"
-    if not resolved.is_file() or checkpoint.newest(config.output / "checkpoints") is None:
-        return  # nothing was learned there yet
-    before, now = (
-        _what_is_learned(yaml.safe_load(resolved.read_text())),
-        _what_is_learned(config.model_dump(mode="json")),
-    )
-    differing = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
-    if differing:
-        way = ", or delete that one to start anew"
-        if "dense_optimizer" in differing and set(differing) <= _OF_DENSE_OPTIMIZER:
-            way += f"; to go on from its weights with the other optimizer, add init_from={config.output}"
-        raise ValueError(
-            f"{config.output} holds a run whose {', '.join(differing)} differ from this config; "
-            f"pass output=another/folder{way}"
-        )
-
-
-def _what_is_learned(tree: dict[str, Any]) -> dict[str, Any]:
+def without_table_optimizers(config: TrainConfig) -> TrainConfig:
+    """``config`` with tables that have no optimizer state: to evaluate none is needed, nor the device that has it."""
     tables = {
-        name: {key: value for key, value in table.items() if key not in _TABLES_MAY_DIFFER}
-        for name, table in tree["tables"].items()
+        name: table.model_copy(update={"optimizer": "sgd", "weight_decay": 0.0})
+        for name, table in config.tables.items()
     }
-    return {key: value for key, value in {**tree, "tables": tables}.items() if key not in _MAY_DIFFER}
+    return config.model_copy(update={"tables": tables})
 
 
 if __name__ == "__main__":

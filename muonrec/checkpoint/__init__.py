@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint._nested_dict import flatten_state_dict
@@ -20,8 +20,20 @@ from torchrec.optim.keyed import KeyedOptimizer
 
 from muonrec.checkpoint import row_statistics
 from muonrec.checkpoint.contents import Contents, TensorPlanner, TensorReader, read_contents
+from muonrec.checkpoint.folders import (
+    PROGRESS,
+    Used,
+    finished,
+    is_committed,
+    newest,
+    newest_first,
+    prune,
+    read_progress,
+    set_aside,
+    step_folder,
+    use_first,
+)
 from muonrec.checkpoint.marker import (
-    MARKER,
     SCHEMA_VERSION,
     UnusableCheckpoint,
     find_faults,
@@ -29,27 +41,37 @@ from muonrec.checkpoint.marker import (
     record_files,
     write_marker,
 )
-from muonrec.checkpoint.weights import differences, export_weights, import_weights, local_pieces
+from muonrec.checkpoint.together import gather, num_ranks, rank, together
+from muonrec.checkpoint.weights import (
+    differences,
+    export_weights,
+    import_weights,
+    is_grown,
+    local_pieces,
+    read_notes,
+)
 
 __all__ = [
     "SCHEMA_VERSION",
     "UnusableCheckpoint",
+    "Used",
     "export_weights",
     "finished",
     "import_weights",
     "is_committed",
     "load",
     "newest",
+    "newest_first",
     "prune",
+    "read_notes",
     "read_progress",
     "save",
     "set_aside",
     "step_folder",
+    "use_first",
 ]
 
 logger = logging.getLogger(__name__)
-
-_PROGRESS = "progress.json"
 
 T = TypeVar("T")
 
@@ -84,16 +106,18 @@ def save(
             f"{folder} is a finished checkpoint already; save elsewhere, delete it, or stop another run of it"
         )
     state = _flat(_state(model, optimizer))
-    texts = {_PROGRESS: json.dumps(dict(progress or {}), indent=1), **(files or {})}
-    _together(lambda: _start(folder, texts) if _rank() == 0 else None)
+    texts = {PROGRESS: json.dumps(dict(progress or {}), indent=1), **(files or {})}
+    together(lambda: _start(folder, texts) if rank() == 0 else None)
     with _dcp(f"{folder} could not be written, earlier checkpoints are whole"):
         dcp.save(state, checkpoint_id=folder)
-    written = _gather(_together(lambda: record_files(folder, _written_by(folder, _rank()))))
+    written = gather(together(lambda: record_files(folder, _written_by(folder, rank()))))
     everything = {name: record for records in written for name, record in records.items()}
-    _together(lambda: write_marker(folder, everything) if _rank() == 0 else None)
+    together(lambda: write_marker(folder, everything) if rank() == 0 else None)
 
 
-def load(folder: str | Path, model: nn.Module, optimizer: KeyedOptimizer | None = None) -> dict[str, Any]:
+def load(
+    folder: str | Path, model: nn.Module, optimizer: KeyedOptimizer | None = None, *, grows: Collection[str] = ()
+) -> dict[str, Any]:
     """Read a checkpoint in place, whatever number of ranks and sharding wrote it; return its progress.
 
     Every rank must call it. Before anything is loaded, every file is compared with its checksum (the ranks share the
@@ -101,92 +125,47 @@ def load(folder: str | Path, model: nn.Module, optimizer: KeyedOptimizer | None 
     Row statistics of tables are converted between column-wise and other shardings, see
     `muonrec.checkpoint.row_statistics`; each rank then holds those of the whole table for a moment.
 
+    Args:
+        folder: of the checkpoint.
+        model: written in place.
+        optimizer: as it was saved, or a part of it.
+        grows: weights of ``model`` that may have more rows than were saved. The first rows and their optimizer state
+            are read, the others keep the values they have.
+
     Raises:
         UnusableCheckpoint: ``folder`` is no finished checkpoint, damaged, of another schema version, hostile, or of
             another model; says which, and what is wrong; on every rank.
         OSError: a rank cannot read it; on every rank.
     """
     folder = Path(folder)
-    faults = _gather(_together(lambda: find_faults(folder, _share(read_marker(folder)))))
+    faults = gather(together(lambda: find_faults(folder, _share(read_marker(folder)))))
     if any(faults):
         raise UnusableCheckpoint(f"{folder} is damaged: {'; '.join(fault for mine in faults for fault in mine)}")
     nested = _state(model, optimizer)
     state = _flat(nested)
-    contents = _together(lambda: _fitting(folder, state))
+    contents = together(lambda: _fitting(folder, state, grows))
 
-    # Of another size only for another number of column shards: read whole, converted below.
-    sizes = {key: contents.tensors[key].size for key in state}
-    whole = {
-        key: torch.empty(sizes[key], dtype=value.dtype) for key, value in state.items() if sizes[key] != value.size()
+    # What stands elsewhere for other column shards is read whole, and converted below.
+    saved = contents.tensors
+    moved = [key for key in state if row_statistics.must_convert(key, state, saved)]
+    whole = {key: torch.empty(saved[key].size, dtype=state[key].dtype) for key in moved}
+    # DCP wants equal sizes, and reads what the saved chunks cover: of a table that has grown, the first rows.
+    entries = {
+        key: dataclasses.replace(entry, size=state[key].size()) if key in state and key not in whole else entry
+        for key, entry in saved.items()
     }
     with _dcp(f"{folder} could not be read", otherwise=UnusableCheckpoint):
-        dcp.load({**state, **whole}, storage_reader=TensorReader(folder, contents), planner=TensorPlanner())
-    for key, saved in whole.items():
-        logger.info("row statistics %s: %d for other column shards made of %d", key, state[key].size(0), len(saved))
-        converted = row_statistics.convert(saved, key, state, contents.tensors)
+        reader = TensorReader(folder, contents._replace(tensors=entries))
+        dcp.load({**state, **whole}, storage_reader=reader, planner=TensorPlanner())
+    for key, vector in whole.items():
+        logger.info("row statistics %s: %d for other column shards made of %d", key, state[key].size(0), len(vector))
+        converted = row_statistics.convert(vector, key, state, saved)
         for piece, (offset,) in local_pieces(state[key]):
             piece.copy_(converted[offset : offset + piece.size(0)])
     model.load_state_dict(nested["model"])
     if optimizer is not None:
         optimizer.load_state_dict(nested["optimizer"])
     return read_progress(folder)
-
-
-def read_progress(folder: str | Path) -> dict[str, Any]:
-    """The progress a checkpoint was saved with.
-
-    Raises:
-        UnusableCheckpoint: ``folder`` is no finished checkpoint, or this file of it was altered.
-    """
-    folder = Path(folder)
-    files = read_marker(folder)
-    if faults := find_faults(folder, {name: files[name] for name in files if name == _PROGRESS}):
-        raise UnusableCheckpoint(f"{folder} is damaged: {faults[0]}")
-    return json.loads((folder / _PROGRESS).read_text())
-
-
-def is_committed(folder: str | Path) -> bool:
-    """Whether ``folder`` holds a finished checkpoint."""
-    return (Path(folder) / MARKER).is_file()
-
-
-def step_folder(root: str | Path, step: int) -> Path:
-    """Where the checkpoint after ``step`` steps of a run lies."""
-    return Path(root) / f"step-{step:08d}"
-
-
-def finished(root: str | Path) -> list[Path]:
-    """The finished checkpoints below ``root``, in order of steps."""
-    return sorted(folder for folder in Path(root).glob("step-*") if is_committed(folder))
-
-
-def newest(root: str | Path) -> Path | None:
-    """The finished checkpoint of the highest step below ``root``, or None."""
-    return next(reversed(finished(root)), None)
-
-
-def prune(root: str | Path, *, keep: int, best: int | None) -> None:
-    """Delete all but the ``keep`` newest checkpoints and that of step ``best``, and what cut-off saves left behind.
-
-    Every rank must call it, none of them in the middle of a save; rank 0 does the work.
-    """
-    if _rank() == 0:
-        kept = {*finished(root)[-keep:], step_folder(root, best or 0)}
-        for folder in Path(root).glob("step-*"):
-            if folder not in kept:
-                # The marker goes first: a deletion cut short leaves no checkpoint that looks whole.
-                (folder / MARKER).unlink(missing_ok=True)
-                shutil.rmtree(folder)
-    _barrier()
-
-
-def set_aside(folder: Path) -> None:
-    """Rename a checkpoint to ``unusable-...``, so that its step can be saved again; every rank must call it."""
-    if _rank() == 0:
-        aside = folder.with_name(f"unusable-{folder.name}")
-        shutil.rmtree(aside, ignore_errors=True)
-        folder.rename(aside)
-    _barrier()
 
 
 def _start(folder: Path, texts: Mapping[str, str]) -> None:
@@ -216,7 +195,7 @@ def _flat(state: dict[str, Any]) -> dict[str, torch.Tensor]:
     return {key: value for key, value in flat.items() if isinstance(value, torch.Tensor)}
 
 
-def _fitting(folder: Path, state: Mapping[str, torch.Tensor]) -> Contents:
+def _fitting(folder: Path, state: Mapping[str, torch.Tensor], grows: Collection[str]) -> Contents:
     """The checkpoint's contents, if what it holds is what ``state`` wants. Raises UnusableCheckpoint."""
     contents = read_contents(folder, read_marker(folder))
     # A rank holds the optimizer state of its own tables only, so what it lacks says nothing.
@@ -224,8 +203,12 @@ def _fitting(folder: Path, state: Mapping[str, torch.Tensor]) -> Contents:
         key: list(entry.size) for key, entry in contents.tensors.items() if key.startswith("model.") or key in state
     }
     here = {key: list(value.size()) for key, value in state.items()}
-    for key in here:
-        if key in there and here[key] != there[key] and row_statistics.is_convertible(key, state, contents.tensors):
+    of_growing = tuple(f"{prefix}.{weight}." for weight in grows for prefix in ("model", "optimizer.state"))
+    for key in here.keys() & there.keys():
+        # A vector of a table's rows may be made of several, one behind the other; what else has rows just grows.
+        if row_statistics.is_convertible(key, state, contents.tensors) or (
+            len(here[key]) > 1 and f"{key}.".startswith(of_growing) and is_grown(there[key], here[key])
+        ):
             there[key] = here[key]
     if there != here:
         raise UnusableCheckpoint(
@@ -242,29 +225,7 @@ def _written_by(folder: Path, rank: int) -> list[str]:
 
 
 def _share(files: dict[str, T]) -> dict[str, T]:
-    num_ranks = dist.get_world_size() if dist.is_initialized() else 1
-    return {name: files[name] for name in sorted(files)[_rank() :: num_ranks]}
-
-
-def _together(work: Callable[[], T]) -> T:
-    """Do ``work``; if it fails on one rank, its error is raised on every rank, so that none waits for that one."""
-    mine: Exception | None = None
-    try:
-        result = work()
-    except (ValueError, OSError) as error:
-        mine = error
-    for failure in _gather(mine):
-        if failure is not None:
-            raise failure
-    return result
-
-
-def _gather(mine: T) -> list[T]:
-    if not dist.is_initialized():
-        return [mine]
-    everyone = [mine] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
-    return everyone
+    return {name: files[name] for name in sorted(files)[rank() :: num_ranks()]}
 
 
 @contextmanager
@@ -279,12 +240,3 @@ def _dcp(message: str, *, otherwise: type[Exception] = OSError) -> Iterator[None
             rank, (failure, _) = next(iter(error.failures.items()))
             kind = OSError if isinstance(failure, OSError) else otherwise
             raise kind(f"{message}: {failure!r} on rank {rank}") from error
-
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def _barrier() -> None:
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.barrier()

@@ -10,7 +10,7 @@ import json
 import math
 import mmap
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,10 +89,20 @@ def export_weights(folder: str | Path, path: str | Path, *, notes: dict[str, str
         partial.unlink(missing_ok=True)
 
 
-def import_weights(path: str | Path, model: nn.Module) -> dict[str, str]:
+def read_notes(path: str | Path) -> dict[str, str]:
+    """The notes in the header of a safetensors file. Raises ValueError if it is none."""
+    return dict(_read_header(Path(path))[0].get("__metadata__", {}))
+
+
+def import_weights(path: str | Path, model: nn.Module, *, grows: Collection[str] = ()) -> dict[str, str]:
     """Load a safetensors file into a model in place, sharded or not; each rank reads the rows it holds.
 
     Every rank may call it; there is no communication.
+
+    Args:
+        path: of the file.
+        model: written in place.
+        grows: weights of ``model`` that may have more rows than the file; those keep the values they have.
 
     Returns:
         The notes of the file's header.
@@ -105,6 +115,7 @@ def import_weights(path: str | Path, model: nn.Module) -> dict[str, str]:
     state = model.state_dict()
     there = {name: list(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
     here = {name: list(value.size()) for name, value in state.items()}
+    there |= {name: here[name] for name in grows if name in there and is_grown(there[name], here[name])}
     if there != here:
         raise ValueError(f"{path} is of another model: {differences(there, here)}")
     with path.open("rb") as file:
@@ -113,7 +124,8 @@ def import_weights(path: str | Path, model: nn.Module) -> dict[str, str]:
     with torch.no_grad():
         for name, value in state.items():
             for piece, offsets in local_pieces(value):
-                piece.copy_(tensors[name][_slices(offsets, piece.shape)])
+                saved = tensors[name][_slices(offsets, piece.shape)]  # ends where the file's rows end
+                piece[_slices([0] * piece.dim(), saved.shape)].copy_(saved)
     return dict(header.get("__metadata__", {}))
 
 
@@ -127,6 +139,11 @@ def local_pieces(value: torch.Tensor) -> Iterator[tuple[torch.Tensor, Sequence[i
         yield value.to_local().detach(), offsets
     else:
         yield value.detach(), [0] * value.dim()
+
+
+def is_grown(there: list[int], here: list[int]) -> bool:
+    """Whether the shape ``here`` is that of ``there`` with more rows."""
+    return len(there) == len(here) > 0 and there[1:] == here[1:] and there[0] < here[0]
 
 
 def differences(there: dict[str, list[int]], here: dict[str, list[int]], *, shown: int = 4) -> str:

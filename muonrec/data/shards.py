@@ -122,6 +122,7 @@ class Manifest(Config):
         num_repeats_dropped, num_ties_dropped: events that ``repeats`` and ``ties: drop`` left out, before the k-core.
         num_rejected_by_kind: rows of the source that were no events.
         ancestor: what ``extends`` named; null for a data set of its own.
+        older_ancestors: what the ancestor extended in its turn, the nearest first.
         item_metadata: null where none was asked for. It decides nothing of the shards, nor the fingerprint.
         best_possible: of a synthetic source, where it can be known; null otherwise.
         rates: events per second of each phase of the run that wrote it.
@@ -156,6 +157,12 @@ class Manifest(Config):
     item_metadata: ItemMetadata | None = None
     best_possible: BestPossible | None
     rates: dict[str, float]
+    older_ancestors: list[Ancestor] = []
+
+    @property
+    def ancestors(self) -> list[Ancestor]:
+        """All data sets whose rows are the first of this one, the nearest first."""
+        return [] if self.ancestor is None else [self.ancestor, *self.older_ancestors]
 
 
 @dataclass

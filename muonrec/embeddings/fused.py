@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import WeightDecayMode
 from torch import nn
 from torch.distributed.optim import _apply_optimizer_in_backward
+from torch.nn.parallel import DistributedDataParallel
 from torchrec.distributed.batched_embedding_kernel import (
     BaseBatchedEmbedding,
     BaseBatchedEmbeddingBag,
@@ -217,6 +219,17 @@ class JoinedOptimizer(CombinedOptimizer):
         """State by parameter; a rank has none of the momentum that another rank owns."""
         return {parameter: state for parameter, state in super().state.items() if state}
 
+    # So that a `torch.amp.GradScaler` hands its scale over, before it calls `step`.
+    _step_supports_amp_scaling = True
+
+    def _refuse_scale(self, _: object) -> None:
+        raise ValueError(
+            "a GradScaler scales the loss, and the fused tables have taken the scaled gradients in the backward pass; "
+            "train in bf16 without a scaler: torch.autocast(device_type, torch.bfloat16) around the forward pass"
+        )
+
+    grad_scale = property(fset=_refuse_scale)
+
     def scale_lr(self, part: str, factor: float) -> None:
         """Set a part's rates to ``factor`` times those it was built with.
 
@@ -236,18 +249,25 @@ class AccumulatedStep:
     """What a train pipeline takes for its optimizer: gradients are cleared before the first and used after the last
     micro-batch of a step.
 
-    DDP and FSDP2 reduce the gradients at every micro-batch; a mean of sums is the sum of means.
+    DDP reduces the gradients with the last micro-batch, if `shard_model` was told that there are several. FSDP2 reduces
+    them with each, since it holds whole gradients until it does.
     """
 
-    def __init__(self, optimizer: JoinedOptimizer) -> None:
+    def __init__(self, optimizer: JoinedOptimizer, model: DistributedModelParallel) -> None:
         self._optimizer = optimizer
+        wrapped = model._dmp_wrapped_module
+        # A static graph is recorded by the first backward pass, which must reduce. Reducing every micro-batch of the
+        # first step alone would do, but a resumed run would not repeat the rounding of the one that was not stopped.
+        is_apart = isinstance(wrapped, DistributedDataParallel) and not wrapped.static_graph
+        self._unreduced: Callable[[], AbstractContextManager[None]] = wrapped.no_sync if is_apart else nullcontext
         self._is_first = self._is_last = True
 
     def over(self, micro_steps: range) -> Iterator[int]:
         """Yield the micro-batches of one step."""
         for micro_step in micro_steps:
             self._is_first, self._is_last = micro_step == micro_steps[0], micro_step == micro_steps[-1]
-            yield micro_step
+            with nullcontext() if self._is_last else self._unreduced():
+                yield micro_step
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         if self._is_first:

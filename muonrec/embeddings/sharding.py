@@ -46,7 +46,13 @@ _SHARDED = [ShardingType.ROW_WISE.value, ShardingType.TABLE_WISE.value, Sharding
 
 
 def shard_model(
-    model: nn.Module, tables: Mapping[str, TableConfig], *, dense: DenseSharding, ranks: Ranks, batch_size: int
+    model: nn.Module,
+    tables: Mapping[str, TableConfig],
+    *,
+    dense: DenseSharding,
+    ranks: Ranks,
+    batch_size: int,
+    accumulates: bool = False,
 ) -> tuple[DistributedModelParallel, ShardingPlan]:
     """Shard the tables of ``model`` by plan, each with its fused optimizer, and the rest by DDP or FSDP2.
 
@@ -58,13 +64,14 @@ def shard_model(
         dense: what the parameters outside of the tables go through.
         ranks: this rank among the others.
         batch_size: users of one rank, for the planner's estimates.
+        accumulates: several backward passes make up a step, see `AccumulatedStep`.
 
     Raises:
         ValueError: tables without settings, settings without a table, or no plan that satisfies them.
     """
     fuse_optimizers(model, tables)
     plan = make_plan(model, tables, ranks=ranks, batch_size=batch_size)
-    wrapper = DefaultDataParallelWrapper() if dense == "ddp" else FSDP2Wrapper()
+    wrapper = DefaultDataParallelWrapper(static_graph=not accumulates) if dense == "ddp" else FSDP2Wrapper()
     sharded = DistributedModelParallel(
         model, device=ranks.device, plan=plan, sharders=_sharders(), data_parallel_wrapper=wrapper
     )

@@ -198,3 +198,25 @@ def test_the_encoder_gives_rows_of_the_table_and_the_same_users_on_any_number_of
         assert torch.equal(items, rows)
         assert torch.equal(users, alone[2])
         assert users.shape == (2, 64)
+
+
+def scaled_step():
+    """One step under a GradScaler; the error, and whether the tower stayed as it was."""
+    dmp, _ = sharded()
+    optimizer, scaler = joined(dmp), torch.amp.GradScaler("cpu")
+    before = {name: whole(value) for name, value in dmp.state_dict().items() if name != TABLE}
+    dmp.train()
+    loss, _ = dmp(batches_of("full_softmax").share(0))
+    scaler.scale(loss).backward()
+    try:
+        scaler.step(optimizer)
+    except ValueError as error:
+        after = dmp.state_dict()
+        return str(error), all(torch.equal(value, whole(after[name])) for name, value in before.items())
+    return "", False
+
+
+def test_a_grad_scaler_is_refused_with_what_to_use_instead():
+    for message, unchanged in run_on_ranks(2, scaled_step):
+        assert "the fused tables have taken the scaled gradients" in message and "bf16 without a scaler" in message
+        assert unchanged

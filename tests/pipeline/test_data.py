@@ -358,11 +358,18 @@ def test_an_extension_keeps_the_rows_of_its_ancestor_and_appends_new_ones(
 
 def test_an_extension_of_an_extension_keeps_all_rows(tmp_path: Path) -> None:
     folder = None
+    manifests = []
     for generation, items in enumerate(["kq", "bk", "az"]):
         rows = [f"u,{item},{time}" for time, item in enumerate(items)]
         source = csv_log(tmp_path, rows)
-        build_dataset(config(tmp_path, source=source, output=tmp_path / str(generation), extends=folder))
+        settings = {"source": source, "output": tmp_path / str(generation), "extends": folder}
+        manifests.append(build_dataset(config(tmp_path, **settings)))
         folder = tmp_path / str(generation)
+    assert [(a.fingerprint, a.num_items) for a in manifests[2].ancestors] == [
+        (manifests[1].fingerprint, 3),
+        (manifests[0].fingerprint, 2),
+    ]
+    assert manifests[0].ancestors == []
     assert pq.read_table(tmp_path / "2" / ITEMS).column("raw_id").to_pylist() == ["k", "q", "b", "a", "z"]
 
 

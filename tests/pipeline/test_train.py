@@ -275,16 +275,16 @@ def damage(folder, kind):
     return "is of another model"
 
 
-def train_and_listen(path):
+def train_and_listen(path, *overrides):
     """Train; what was warned of."""
     warned = []
     handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: warned.append(record.getMessage())
-    logging.getLogger("pipeline").addHandler(handler)
+    logging.getLogger("muonrec").addHandler(handler)
     try:
-        train_from(path)
+        train_from(path, *overrides)
     finally:
-        logging.getLogger("pipeline").removeHandler(handler)
+        logging.getLogger("muonrec").removeHandler(handler)
     return warned
 
 
@@ -300,8 +300,9 @@ def test_a_checkpoint_that_cannot_be_used_is_named_and_the_one_before_used(datas
     for kind in ("truncated", "bit flipped", "file missing", "other version", str(foreign)):
         fault = damage(last, kind)
         warned, others = run_on_ranks(2, train_and_listen, path)
-        assert len(warned) == 1 and fault in warned[0] and others == [], kind
-        assert "step-00000006" in warned[0] and "is renamed to unusable-step-00000006" in warned[0]
+        assert len(warned) == 2 and fault in warned[0] and others == [], kind
+        assert "step-00000006" in warned[0] and warned[0].endswith("; step-00000004 is used instead")
+        assert warned[1] == f"{last} is renamed to unusable-step-00000006"
         assert losses(tmp_path / "run") == expected, kind
         assert (last.parent / "unusable-step-00000006").is_dir() and last.is_dir()
 
@@ -473,12 +474,15 @@ def test_a_start_from_what_is_no_run_says_what_to_pass(dataset, tmp_path):
 
 
 def accumulated_gradients(path, accumulate_steps, dense):
-    """Dense gradients and loss of the last, ragged step of an epoch; and after which micro-batches the table moved."""
+    """Of the last, ragged step of an epoch: dense gradients and loss; after each micro-batch whether the table moved,
+    and the gradient of a bias on this rank.
+    """
     overrides = [f"accumulate_steps={accumulate_steps}", f"dense_sharding={dense}"]
     run = Run.start(load_config(TrainConfig, path, overrides), this_rank())
     run.model.train()
-    accumulated, last = AccumulatedStep(run.optimizer), run.steps_per_epoch - 1
-    batches, loss, moved, table = run.batches(last, last + 1), 0.0, [], "embeddings.embeddings.item.weight"
+    accumulated, last = AccumulatedStep(run.optimizer, run.model), run.steps_per_epoch - 1
+    batches, loss, moved, biases = run.batches(last, last + 1), 0.0, [], []
+    table, bias = "embeddings.embeddings.item.weight", run.model.module.tower.norm.bias
     for _ in accumulated.over(run.micro_steps(last)):
         before = whole(run.model.state_dict()[table])
         accumulated.zero_grad()
@@ -486,7 +490,9 @@ def accumulated_gradients(path, accumulate_steps, dense):
         part.backward()
         loss += statistics["loss_nats"]
         moved.append(not torch.equal(before, whole(run.model.state_dict()[table])))
-    return loss, {name: whole(p.grad) for name, p in run.model.named_parameters() if "embeddings" not in name}, moved
+        biases.append(bias.grad.clone() if dense == "ddp" else None)
+    gradients = {name: whole(p.grad) for name, p in run.model.named_parameters() if "embeddings" not in name}
+    return loss, gradients, moved, biases
 
 
 @pytest.mark.parametrize("dense", ["ddp", "fsdp2"])
@@ -500,9 +506,13 @@ def test_micro_batches_add_up_to_the_gradient_of_the_global_batch(dataset, tmp_p
         tables={"item": {"lr": 1e-7, "optimizer": "sgd"}},  # moves at every micro-batch, and too little to be seen
         num_streams=8,
     )
-    loss, gradients, moved = run_on_ranks(1, accumulated_gradients, path, 1, "ddp")[0]
+    loss, gradients, moved, _ = run_on_ranks(1, accumulated_gradients, path, 1, "ddp")[0]
     assert moved == [True]
-    for got_loss, got, got_moved in run_on_ranks(2, accumulated_gradients, path, accumulate_steps, dense):
+    found = run_on_ranks(2, accumulated_gradients, path, accumulate_steps, dense)
+    if dense == "ddp":  # reduces with the last micro-batch, and not before
+        are_equal = [torch.equal(first, second) for first, second in zip(found[0][3], found[1][3], strict=True)]
+        assert are_equal == [False] * (len(are_equal) - 1) + [True]
+    for got_loss, got, got_moved, _ in found:
         assert got_loss == pytest.approx(loss, rel=1e-5)
         assert len(got_moved) in range(2, accumulate_steps + 1) and all(got_moved)
         assert got.keys() == gradients.keys()
