@@ -23,6 +23,7 @@ from muonrec.config import Config, describe, load_config, name_only, to_yaml
 from muonrec.data.candidates import Candidates, CandidateSampler
 from muonrec.data.loader import TrainingBatches, evaluation_batches, seen_items
 from muonrec.data.shards import Sequences, load_sequences
+from muonrec.embeddings.comms import CommsConfig
 from muonrec.embeddings.fused import AccumulatedStep, JoinedOptimizer, build_optimizer, check_tables
 from muonrec.embeddings.sharding import DenseSharding, format_plan, shard_model
 from muonrec.embeddings.tables import TableConfig, initialize_tables
@@ -145,6 +146,7 @@ class TrainConfig(Config):
     model: Annotated[SASRecConfig, BeforeValidator(name_only)] = SASRecConfig()
     loss: Annotated[LossConfig, BeforeValidator(name_only)] = LossConfig()
     tables: dict[str, TableConfig]
+    comms: CommsConfig = CommsConfig()
     dense_optimizer: DenseOptimizerConfig = MuonConfig()
     adamw: AdamWConfig = AdamWConfig()
     routing: list[tuple[str, Literal["muon", "adamw"]]] = []
@@ -189,7 +191,7 @@ _SCHEDULED: Mapping[str, Literal["tables", "dense", "adamw"]] = {
 
 # What may differ when a run is resumed: it changes where things are computed or written, not what is learned.
 _MAY_DIFFER = {"dense_sharding", "log_every_steps", "tensorboard", "checkpoints"}
-_TABLES_MAY_DIFFER = {"sharding"}
+_TABLES_MAY_DIFFER = {"sharding", "min_partition", "memory", "cache_load_factor", "pooling_factor"}
 
 # What may differ from the run that ``init_from`` names, when all that shall change is the dense optimizer.
 _OF_DENSE_OPTIMIZER = {"dense_optimizer", "adamw", "routing", "schedule", "schedules", "max_grad_norm", "init_from"}
@@ -213,6 +215,7 @@ def main() -> int:
     )
     parser.add_argument("--plan", metavar="NODESxRANKS", help="only print the plan for such machines (16x8)")
     parser.add_argument("--hbm", type=float, default=80, metavar="GIB", help="with --plan: memory of one rank")
+    parser.add_argument("--host", type=float, default=128, metavar="GIB", help="with --plan: of the host's memory")
     parser.add_argument("--rows", action="append", default=[], metavar="TABLE=COUNT", help="with --plan: table sizes")
     arguments = parser.parse_intermixed_args()  # parse_args refuses key=value after an option
     if arguments.plan is not None:
@@ -226,7 +229,8 @@ def main() -> int:
 def plan(arguments: argparse.Namespace) -> None:
     """Print what the run would be on the machines of ``--plan``, without any of them."""
     config = load_config(TrainConfig, arguments.config, arguments.overrides)
-    print_plan(config, *parse_ranks(arguments.plan), arguments.hbm, rows=parse_rows(arguments.rows))
+    rows = parse_rows(arguments.rows)
+    print_plan(config, *parse_ranks(arguments.plan), arguments.hbm, host_gib=arguments.host, rows=rows)
 
 
 def train(config: TrainConfig, ranks: Ranks) -> None:
@@ -522,6 +526,7 @@ def make_model(config: TrainConfig, sequences: Sequences, ranks: Ranks) -> tuple
         dense=config.dense_sharding,
         ranks=ranks,
         batch_size=max(config.batch_size // config.accumulate_steps // ranks.num_ranks, 1),
+        comms=config.comms,
     )
     initialize_tables(sharded, std={name: table.init_std for name, table in config.tables.items()}, seed=config.seed)
     return sharded, plan

@@ -16,16 +16,8 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 import muonrec
 from muonrec.config import load_config
-from muonrec.embeddings import planning
-from muonrec.embeddings.planning import (
-    Cluster,
-    Workload,
-    _place,
-    _place_by_rows,
-    describe_job,
-    find_changes,
-    plan_job,
-)
+from muonrec.embeddings.planning import Cluster, Workload, describe_job, find_changes, plan_job
+from muonrec.embeddings.planning.placement import place, place_by_rows
 from muonrec.embeddings.sharding import shard_model
 from muonrec.embeddings.tables import TableConfig, initialize_tables
 from muonrec.losses import sampled_softmax
@@ -207,12 +199,12 @@ def test_sums_by_rows_are_those_of_the_planner_to_the_byte():
             while taken - refused > 1:
                 middle = (taken + refused) // 2
                 tight = dataclasses.replace(job, cluster=Cluster(2, 4, middle))
-                taken, refused = (middle, refused) if _place_by_rows(tight)[1] is None else (taken, middle)
+                taken, refused = (middle, refused) if place_by_rows(tight)[1] is None else (taken, middle)
             for hbm_bytes, fits in ((taken, True), (refused, False)):
                 tight = dataclasses.replace(job, cluster=Cluster(2, 4, hbm_bytes))
-                placements, refusal = _place(tight)
+                placements, refusal = place(tight)
                 assert (refusal is None) == fits
-                for planned, summed in zip(placements, _place_by_rows(tight)[0], strict=True):
+                for planned, summed in zip(placements, place_by_rows(tight)[0], strict=True):
                     assert planned.table == summed.table
                     np.testing.assert_array_equal(planned.rows, summed.rows)
                     np.testing.assert_array_equal(planned.ranks, summed.ranks)
@@ -353,7 +345,7 @@ def test_weights_too_large_for_the_ranks_ask_for_float16():
     plan, changes = overfull(cluster=Cluster(1, 4, 80 * GIB))
     assert plan.table_bytes.max() == 4 * ROWS / 4 * (WIDTH * 4 + 4)
     found = smallest(changes)
-    assert found.what == "fp16 rows for t0, t1, t2"
+    assert found.what == "data_type=fp16 for t0, t1, t2"
     assert sum(table.element_bytes == 2 for table in found.plan.job.tables) == 3
 
 
@@ -372,7 +364,7 @@ def test_where_no_settings_suffice_the_slimmest_tables_are_offered_with_fewer_no
     _, changes = overfull(cluster=Cluster(2, 8, 16 * GIB), optimizer="adam")
     assert [change.what for change in changes if change.plan.fits] == [
         "11 nodes (88 ranks)",
-        "optimizer=partial_rowwise_adam, fp16 rows for every table; 5 nodes (40 ranks)",
+        "optimizer=partial_rowwise_adam, data_type=fp16 for every table; 5 nodes (40 ranks)",
     ]
 
 
@@ -382,7 +374,7 @@ def test_activations_too_large_for_a_rank_ask_for_more_nodes_or_else_a_smaller_b
     assert plan.refusal is None
     assert plan.memory["activations"].tolist() == [128 * GIB] * 8
     assert [change.what for change in changes if change.plan.fits] == ["2 nodes (16 ranks)"]
-    monkeypatch.setattr(planning, "MOST_RANKS", 8)
+    monkeypatch.setattr("muonrec.embeddings.planning.changes.MOST_RANKS", 8)
     # 80 GiB hold 639 users of 128 MiB beside the rest, 640 without.
     batches = [change.plan.job.workload.batch_size for change in find_changes(plan) if change.plan.fits]
     assert batches == [639 * 8]
@@ -399,7 +391,7 @@ def test_dense_weights_too_large_for_a_rank_ask_for_fsdp2():
 def test_what_cannot_be_planned_is_refused_by_name():
     cluster = Cluster(1, 2, GIB)
     with pytest.raises(ValueError, match="table 't0' asks for data_parallel"):
-        job_of(cluster, sharding="data_parallel")
+        plan_job(job_of(cluster, sharding="data_parallel"))
     with pytest.raises(ValueError, match="asks for optimizer 'lamb'"):
         job_of(cluster, optimizer="lamb")
     with pytest.raises(ValueError, match="table 't0' has no settings"):
