@@ -12,7 +12,6 @@ from typing import Annotated, Any, Literal
 
 import torch
 import torch.distributed as dist
-import yaml
 from pydantic import BeforeValidator, Field, model_validator
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
@@ -595,7 +594,8 @@ def check_output(config: TrainConfig) -> None:
     if not resolved.is_file() or checkpoint.newest(config.output / "checkpoints") is None:
         return  # nothing was learned there yet
     before, now = (
-        _what_is_learned(yaml.safe_load(resolved.read_text())),
+        # Settings that came after that run stand at their defaults.
+        _what_is_learned(load_config(TrainConfig, resolved).model_dump(mode="json")),
         _what_is_learned(config.model_dump(mode="json")),
     )
     differing = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))

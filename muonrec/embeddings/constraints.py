@@ -11,6 +11,8 @@ from torch import nn
 from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel, ShardingType
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
+from torchrec.distributed.mc_embedding import ManagedCollisionEmbeddingCollectionSharder
+from torchrec.distributed.mc_embeddingbag import ManagedCollisionEmbeddingBagCollectionSharder
 from torchrec.distributed.planner import EmbeddingShardingPlanner
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
 from torchrec.distributed.planner.types import (
@@ -22,6 +24,7 @@ from torchrec.distributed.planner.types import (
 )
 from torchrec.distributed.types import CacheParams, ModuleSharder, ShardingPlan
 from torchrec.modules.embedding_configs import DataType, EmbeddingBagConfig, EmbeddingConfig
+from torchrec.modules.mc_embedding_modules import BaseManagedCollisionEmbeddingCollection
 
 from muonrec.embeddings.comms import CommsConfig, check_comms, codecs
 from muonrec.embeddings.tables import TableConfig, table_configs
@@ -30,6 +33,7 @@ from muonrec.embeddings.tables import TableConfig, table_configs
 NOT_FOR_TABLES = 0.15
 
 _SEQUENCES = [ShardingType.ROW_WISE.value, ShardingType.TABLE_WISE.value, ShardingType.COLUMN_WISE.value]
+_MANAGED = [ShardingType.ROW_WISE.value]
 _BAGS = [
     *_SEQUENCES,
     ShardingType.TABLE_ROW_WISE.value,
@@ -82,8 +86,14 @@ def ask_planner(
         PlannerError, RuntimeError: TorchRec's, where no plan satisfies the constraints.
     """
     configs = {config.name: config for _, config in table_configs(model)}
+    managed = {
+        config.name
+        for module in model.modules()
+        if isinstance(module, BaseManagedCollisionEmbeddingCollection)
+        for _, config in table_configs(module)
+    }
     constraints = {
-        name: constrain(table, configs[name], topology.compute_device)
+        name: constrain(table, configs[name], topology.compute_device, is_managed=name in managed)
         for name, table in tables.items()
         if name in configs
     }
@@ -102,18 +112,29 @@ def ask_planner(
 
 
 def constrain(
-    table: TableConfig, config: EmbeddingConfig | EmbeddingBagConfig, device_type: str
+    table: TableConfig,
+    config: EmbeddingConfig | EmbeddingBagConfig,
+    device_type: str,
+    *,
+    is_managed: bool = False,
 ) -> ParameterConstraints:
     """What the planner may choose for the table ``config``.
+
+    Args:
+        table: settings.
+        config: TorchRec's description of it, with the data type it has in the model.
+        device_type: ``cuda`` or ``cpu``.
+        is_managed: whether it is in a `ManagedCollisionEmbeddingCollection`, or one of bags: zero-collision hashing.
 
     Raises:
         ValueError: the settings ask for what FBGEMM or TorchRec cannot do on this device.
     """
-    if fault := _fault(table, config, device_type):
+    if fault := _fault(table, config, device_type, is_managed):
         raise ValueError(f"table {config.name!r} {fault}")
+    undecided = _MANAGED if is_managed else _SEQUENCES
     cache = CacheParams(load_factor=table.cache_load_factor) if table.memory == "uvm_caching" else None
     return ParameterConstraints(
-        sharding_types=_SEQUENCES if table.sharding == "auto" else list(table.sharding_types),
+        sharding_types=undecided if table.sharding == "auto" else list(table.sharding_types),
         # Without a kernel the planner may pick a dense one, and the fused optimizer would never run.
         compute_kernels=[KERNELS[table.memory].value],
         min_partition=table.min_partition,
@@ -123,7 +144,9 @@ def constrain(
     )
 
 
-def _fault(table: TableConfig, config: EmbeddingConfig | EmbeddingBagConfig, device_type: str) -> str | None:
+def _fault(
+    table: TableConfig, config: EmbeddingConfig | EmbeddingBagConfig, device_type: str, is_managed: bool
+) -> str | None:
     is_pooled, on_cpu = isinstance(config, EmbeddingBagConfig), device_type == "cpu"
     data_type = config.data_type.value.lower()
     if table.data_type not in (None, data_type):
@@ -132,6 +155,22 @@ def _fault(table: TableConfig, config: EmbeddingConfig | EmbeddingBagConfig, dev
         return (
             "asks for data_parallel, whose dense kernel the backward pass does not train, and Muon and AdamW are not "
             "for tables; use row_wise or table_wise"
+        )
+    if is_managed and not set(table.sharding_types) <= {"auto", *_MANAGED}:
+        return (
+            f"asks for {', '.join(table.sharding_types)}, but TorchRec shards managed collisions row_wise alone; use "
+            "row_wise"
+        )
+    if is_managed and table.optimizer != "rowwise_adagrad":
+        # reset_embedding_weight_momentum of split_table_batched_embeddings_ops_training.py does nothing for others.
+        return (
+            f"is behind managed collisions and asks for {table.optimizer}, whose state FBGEMM would leave to a row's "
+            "next id; use rowwise_adagrad"
+        )
+    if is_managed and on_cpu:
+        return (
+            "is behind managed collisions, which do not train on a CPU: the operator that clears a row for its next "
+            "id, fbgemm::reset_weight_momentum, is CUDA's alone; use CUDA, or ids without gaps and a plain collection"
         )
     possible = _BAGS if is_pooled else _SEQUENCES
     impossible = [sharding for sharding in table.sharding_types if sharding not in (*possible, "auto")]
@@ -170,11 +209,14 @@ def _fault(table: TableConfig, config: EmbeddingConfig | EmbeddingBagConfig, dev
 
 
 def make_sharders(comms: CommsConfig, device_type: str) -> list[ModuleSharder[nn.Module]]:
-    """Sharders of both kinds of collection, with the codecs of ``comms``."""
+    """Sharders of sequences and of bags, also behind managed collisions, with the codecs of ``comms``."""
     registry = codecs(comms, device_type)
+    sequences, bags = EmbeddingCollectionSharder(qcomm_codecs_registry=registry), BagSharder(None, registry)
     return [
-        EmbeddingCollectionSharder(qcomm_codecs_registry=registry),  # type: ignore[list-item]
-        BagSharder(qcomm_codecs_registry=registry),  # type: ignore[list-item]
+        sequences,  # type: ignore[list-item]
+        bags,  # type: ignore[list-item]
+        ManagedCollisionEmbeddingCollectionSharder(sequences, qcomm_codecs_registry=registry),  # type: ignore[list-item]
+        ManagedCollisionEmbeddingBagCollectionSharder(bags, qcomm_codecs_registry=registry),  # type: ignore[list-item]
     ]
 
 

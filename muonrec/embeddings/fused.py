@@ -462,7 +462,8 @@ def _table_optimizer(model: DistributedModelParallel) -> KeyedOptimizer:
 
 def _kernels(model: nn.Module) -> Iterator[tuple[str, BaseBatchedEmbedding | BaseBatchedEmbeddingBag]]:
     for path, module in model.named_modules():
-        if isinstance(module, ShardedEmbeddingModule):
+        # Managed collisions have their lookups in the collection below them.
+        if isinstance(module, ShardedEmbeddingModule) and hasattr(module, "_lookups"):
             for lookup in module._lookups:  # data-parallel ones are wrapped by DDP
                 yield from (
                     (path, part)

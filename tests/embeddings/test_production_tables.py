@@ -1,5 +1,6 @@
 """Bags cut by node, float16 rows, quantized comms and host memory: trained where a CPU can, planned for CUDA."""
 
+import contextlib
 import dataclasses
 import os
 
@@ -16,6 +17,7 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection, Embedding
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 import muonrec
+from muonrec.checkpoint.weights import export_weights, import_weights
 from muonrec.embeddings.comms import WIRE_BYTES, CommsConfig, codecs
 from muonrec.embeddings.constraints import ask_planner, constrain, make_topology
 from muonrec.embeddings.fused import check_tables, fused_tables
@@ -83,22 +85,28 @@ def steps(dmp, optimizer, first, last, device="cpu"):
     return losses
 
 
-def trained(settings, pooled=False, comms=None, ranks_per_node=None):
-    """Losses, the whole table and its shards after four steps."""
+@contextlib.contextmanager
+def nodes_of(ranks_per_node):
+    """What torchrun would say on machines of so many ranks."""
     before = os.environ["LOCAL_WORLD_SIZE"]
-    os.environ["LOCAL_WORLD_SIZE"] = str(ranks_per_node or before)
+    os.environ["LOCAL_WORLD_SIZE"] = str(ranks_per_node)
     # TorchRec keeps the groups of a node for the life of the process.
     kept, comm._INTRA_PG, comm._CROSS_PG = (comm._INTRA_PG, comm._CROSS_PG), None, None
     try:
-        dmp, optimizer, plan = built(settings, pooled, comms)
-        losses = steps(dmp, optimizer, 0, 4)
+        yield
     finally:
         os.environ["LOCAL_WORLD_SIZE"] = before
         comm._INTRA_PG, comm._CROSS_PG = kept
+
+
+def trained(settings, pooled=False, comms=None, ranks_per_node=1):
+    """Losses, the whole table and its shards after four steps."""
+    with nodes_of(ranks_per_node):
+        dmp, optimizer, plan = built(settings, pooled, comms)
+        losses = steps(dmp, optimizer, 0, 4)
     (found,) = plan.plan["tables"].values()
-    shards = [
-        (shard.placement.rank(), *shard.shard_offsets, *shard.shard_sizes) for shard in found.sharding_spec.shards
-    ]
+    parts = found.sharding_spec.shards
+    shards = [(part.placement.rank(), *part.shard_offsets, *part.shard_sizes) for part in parts]
     (table,) = (whole(value) for name, value in dmp.state_dict().items() if name.startswith("tables"))
     return losses, table, found.sharding_type, shards
 
@@ -124,6 +132,38 @@ def test_bags_on_two_nodes_of_two_ranks_train_as_on_one_rank(sharding, shards):
         assert got[0] == pytest.approx(losses, rel=1e-4)  # float32 sums in another order
         torch.testing.assert_close(got[1], table, rtol=1e-4, atol=1e-4)
         assert got[2:] == (sharding, shards)
+
+
+def resumed(sharding, other, folder):
+    """Losses of three steps that follow three others, at once and resumed under ``other``."""
+    settings = {
+        name: {"sharding": name, **({"min_partition": 32} if name == "grid_shard" else {})}
+        for name in (sharding, other)
+    }
+    with nodes_of(2):
+        dmp, optimizer, _ = built(settings[sharding], True)
+        steps(dmp, optimizer, 0, 3)
+        muonrec.save(folder, dmp, optimizer)
+        expected = steps(dmp, optimizer, 3, 6)
+        dmp, optimizer, _ = built(settings[other], True)
+        muonrec.load(folder, dmp, optimizer)
+        return expected, steps(dmp, optimizer, 3, 6)
+
+
+@pytest.mark.parametrize(
+    ("sharding", "other"),
+    [
+        ("table_row_wise", "table_row_wise"),
+        ("grid_shard", "grid_shard"),
+        ("table_row_wise", "row_wise"),
+        ("row_wise", "table_row_wise"),
+    ],
+)
+def test_bags_cut_by_node_are_resumed(tmp_path, sharding, other):
+    for expected, got in run_on_ranks(4, resumed, sharding, other, tmp_path / "step-00000003"):
+        if sharding == other:
+            assert got == expected
+        assert got == pytest.approx(expected, rel=1e-5)  # float32 sums in another order
 
 
 def cuda_plan(settings, *, pooled=False, ranks=4, ranks_per_node=2, comms=None, width=WIDTH, hbm_bytes=2**30):
@@ -217,14 +257,26 @@ def half_rows(folder):
 
 
 def test_float16_rows_are_drawn_in_float32_returned_in_float32_and_resumed_to_the_bit(tmp_path):
-    for is_rounded, held, returned, state, expected, got, line in run_on_ranks(
-        2, half_rows, tmp_path / "step-00000003"
-    ):
+    folder = tmp_path / "step-00000003"
+    for is_rounded, held, returned, state, expected, got, line in run_on_ranks(2, half_rows, folder):
         assert is_rounded
         assert (held, returned, state) == (torch.float16, torch.float32, {torch.float32})
         assert got[0] == expected[0]
         assert torch.equal(got[1], expected[1])
         assert line.endswith("lr 0.05, eps 1e-08, fp16 rows")
+    exported = tmp_path / "weights.safetensors"
+    export_weights(folder, exported)
+    model = Collections(data_type=DataType.FP16).to_empty(device="cpu")
+    import_weights(exported, model)
+    held = [shard for *_, shard in run_on_ranks(2, saved_rows, folder)]
+    assert torch.equal(model.tables.embeddings["t"].weight, torch.cat(held))
+
+
+def saved_rows(folder):
+    dmp, optimizer, _ = built({"data_type": "fp16", "stochastic_rounding": False, "sharding": "row_wise"})
+    muonrec.load(folder, dmp, optimizer)
+    (key,) = (name for name in dmp.state_dict() if name.startswith("tables"))
+    return "rows", dmp.state_dict()[key].local_shards()[0].tensor.detach().clone()
 
 
 def test_a_data_type_that_is_not_in_the_kernel_is_found_out():
