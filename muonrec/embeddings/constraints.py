@@ -92,10 +92,11 @@ def ask_planner(
         if isinstance(module, BaseManagedCollisionEmbeddingCollection)
         for _, config in table_configs(module)
     }
+    if configs.keys() != tables.keys():
+        raise ValueError(f"tables of the model: {sorted(configs)}; settings are for {sorted(tables)}; match them")
     constraints = {
         name: constrain(table, configs[name], topology.compute_device, is_managed=name in managed)
         for name, table in tables.items()
-        if name in configs
     }
     planner = EmbeddingShardingPlanner(
         topology=topology,

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Annotated, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 from torch import nn
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torchrec.distributed.model_parallel import DistributedModelParallel
@@ -20,7 +20,8 @@ from muonrec.config import Config
 SparseOptimizer = Literal["rowwise_adagrad", "adagrad", "sgd", "partial_rowwise_adam", "adam"]
 WeightDecayMode = Literal["decoupled", "l2"]
 Beta = Annotated[float, Field(ge=0, lt=1)]
-Sharding = Literal[
+SHARDINGS = (
+    "auto",
     "row_wise",
     "table_wise",
     "column_wise",
@@ -28,12 +29,20 @@ Sharding = Literal[
     "table_column_wise",
     "grid_shard",
     "data_parallel",
-]
+)
 Memory = Literal["hbm", "uvm_caching", "uvm"]
 TableDataType = Literal["fp32", "fp16", "bf16"]
 
 # Rows are drawn in blocks of this many, each from a generator of its own, so that a shard draws only what it needs.
 _ROWS_PER_BLOCK = 4096
+
+
+def _known_sharding(value: str | tuple[str, ...]) -> str | tuple[str, ...]:
+    names = (value,) if isinstance(value, str) else value
+    # A union of literals would report each of its branches.
+    if not names or not set(names) <= set(SHARDINGS) or (len(names) > 1 and "auto" in names):
+        raise ValueError(f"give one of {', '.join(SHARDINGS)}, or a list of some but auto")
+    return value
 
 
 class TableConfig(Config):
@@ -78,7 +87,7 @@ class TableConfig(Config):
     weight_decay: float = Field(default=0.0, ge=0)
     weight_decay_mode: WeightDecayMode = "decoupled"
     max_gradient: float | None = Field(default=None, gt=0)
-    sharding: Literal["auto"] | Sharding | Annotated[tuple[Sharding, ...], Field(min_length=1)] = "auto"
+    sharding: Annotated[str | tuple[str, ...], AfterValidator(_known_sharding)] = "auto"
     min_partition: int | None = Field(default=None, ge=4, multiple_of=4)
     memory: Memory = "hbm"
     cache_load_factor: float = Field(default=0.2, gt=0, lt=1)

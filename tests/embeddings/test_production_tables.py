@@ -435,7 +435,8 @@ def test_what_no_cpu_kernel_does_is_refused_with_what_to_do(settings, pooled, me
         ({"memory": "uvm_caching", "cache_load_factor": 1.0}, "less than 1"),
         ({"sharding": "row_wise", "min_partition": 8}, "min_partition 8 would be ignored by row_wise"),
         ({"min_partition": 6}, "multiple of 4"),
-        ({"sharding": []}, "at least 1"),
+        ({"sharding": []}, "give one of auto, row_wise"),
+        ({"sharding": ["auto", "row_wise"]}, "or a list of some but auto"),
     ],
 )
 def test_settings_that_would_be_ignored_are_refused(settings, message):
