@@ -62,7 +62,8 @@ def find_changes(plan: Plan, *, workloads: Sequence[Workload] = ()) -> list[Chan
             if _is_full_of_dense(account(combined, *place_by_rows(combined))):
                 search.attempt(dataclasses.replace(combined, dense_sharding="fsdp2"))
         settings_suffice = search.found
-        search.fewest_tables(row_wise, _host_memory)
+        if not settings_suffice:
+            search.fewest_tables(row_wise, _host_memory)
     most = MOST_RANKS // job.cluster.ranks_per_node
     nodes = search.fewest_nodes(row_wise, most=most)
     if not settings_suffice:
