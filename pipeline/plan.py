@@ -42,7 +42,13 @@ _MOST_GROUPS = 6
 
 
 def print_plan(
-    config: TrainConfig, nodes: int, ranks_per_node: int, hbm_gib: float, *, rows: Mapping[str, int] | None = None
+    config: TrainConfig,
+    nodes: int,
+    ranks_per_node: int,
+    hbm_gib: float,
+    *,
+    host_gib: float = 128,
+    rows: Mapping[str, int] | None = None,
 ) -> Plan:
     """Print the plan of ``config`` on ``nodes`` of ``ranks_per_node`` ranks with ``hbm_gib`` of memory each.
 
@@ -51,6 +57,7 @@ def print_plan(
         nodes: machines.
         ranks_per_node: devices of a machine.
         hbm_gib: memory of a device, GiB.
+        host_gib: of the host's memory, what tables of a rank may take, GiB.
         rows: of the tables, by name; where a table is not named, the manifest of the data set counts.
 
     Raises:
@@ -64,12 +71,13 @@ def print_plan(
     job = describe_job(
         model,
         config.tables,
-        Cluster(nodes, ranks_per_node, int(hbm_gib * _GIB)),
+        Cluster(nodes, ranks_per_node, int(hbm_gib * _GIB), int(host_gib * _GIB)),
         workload=estimate_workload(config, num_items),
         dense_sharding=config.dense_sharding,
         muon=is_muon,
         ns_steps=config.dense_optimizer.ns_steps if config.dense_optimizer.name == "muon" else 0,
         overrides=config.routing,
+        comms=config.comms,
     )
     plan = plan_job(job)
     other_losses = []
@@ -179,8 +187,8 @@ def _verdict(plan: Plan, changes: Sequence[Change]) -> str:
     lines.append(f"DOES NOT FIT: the fullest rank, {worst}, needs {_size(total)}, {share:.0%} of its memory")
     for placement in plan.placements:
         table = placement.table
-        own = placement.rows * placement.columns * float(table.element_bytes)
-        own += table.state_bytes(placement.rows, placement.columns)
+        weights, state = table.device_bytes(placement.rows, placement.columns)
+        own = weights + state
         if own.max() > cluster.table_room:
             rank = int(placement.ranks[own.argmax()])
             lines.append(f"  table {table.name} alone puts {_size(own.max())} on rank {rank} ({placement.sharding})")
@@ -200,18 +208,21 @@ def _verdict(plan: Plan, changes: Sequence[Change]) -> str:
 
 
 def _tables(plan: Plan) -> str:
-    rows = [("table", "rows", "width", "type", "optimizer", "sharding", "shards", "largest shard", "weights", "state")]
+    titles = "table,rows,width,type,optimizer,memory,sharding,shards,largest shard,weights,state"
+    rows, states = [tuple(titles.split(","))], 0.0
     for placement in plan.placements:
         table = placement.table
         largest = int((placement.rows * placement.columns).argmax())
         state = table.state_bytes(placement.rows, placement.columns).sum()
+        states += state
         rows.append(
             (
                 table.name,
                 f"{table.num_embeddings:,}",
                 str(table.embedding_dim),
                 table.data_type.value.lower(),
-                table.optimizer,
+                table.settings.optimizer,
+                table.settings.memory,
                 placement.sharding,
                 f"{len(placement.ranks):,}",
                 f"{placement.rows[largest]:,} x {placement.columns[largest]}",
@@ -220,9 +231,9 @@ def _tables(plan: Plan) -> str:
             )
         )
     if len(plan.placements) > 1:
-        weights, state = plan.memory["tables"].sum(), plan.memory["table state"].sum()
-        rows.append(("all", "", "", "", "", "", "", "", _size(weights), _size(state)))
-    return "Tables\n" + _align(rows, left={0, 3, 4, 5})
+        weights = sum(placement.table.weight_bytes for placement in plan.placements)
+        rows.append(("all", *[""] * 8, _size(weights), _size(states)))
+    return "Tables\n" + _align(rows, left={0, 3, 4, 5, 6})
 
 
 def _memory(plan: Plan) -> str:
@@ -242,7 +253,11 @@ def _memory(plan: Plan) -> str:
         rows.append((f"{hidden:,} more", *("" for _ in parts), "", ""))
     mean = tuple(_size(plan.memory[part].mean()) for part in parts)
     rows.append(("mean", *mean, _size(total.mean()), f"{total.mean() / plan.job.cluster.hbm_bytes:.1%}"))
-    return "Memory of a rank, the fullest first (~ estimated)\n" + _align(rows, left={0})
+    text = "Memory of a rank, the fullest first (~ estimated)\n" + _align(rows, left={0})
+    if plan.host.any():
+        most, room = plan.host.max(), plan.job.cluster.host_bytes
+        text += f"\n  of the host's memory a rank takes at most {_size(most)}, {most / room:.1%} of its {_size(room)}"
+    return text
 
 
 def _traffic(plan: Plan) -> str:
@@ -304,7 +319,7 @@ def _notes(plan: Plan) -> str:
             f"  activations  {plan.job.workload.activation_formula}",
             "  lookups      2 x (ids and rows it asks for + those it serves): two batches, rows and their gradients",
             "  peak         what stays + the larger of (lookups, activations, gathered) and Muon's buffers",
-            "  traffic      ids (int64) hit all rows alike, rows return as fp32, full histories, rings for all-reduce",
+            "  traffic      ids (int64) hit all rows alike, full histories, rows and gradients as comms say, rings",
             "  left out     CUDA context, NCCL's buffers, fragmentation of the allocator",
         ]
     )

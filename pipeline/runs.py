@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from muonrec import checkpoint
+from muonrec.config import load_config
 from muonrec.data.shards import Manifest
 
 if TYPE_CHECKING:
@@ -15,7 +14,7 @@ if TYPE_CHECKING:
 
 # What may differ when a run is resumed: it changes where things are computed or written, not what is learned.
 _MAY_DIFFER = {"dense_sharding", "log_every_steps", "tensorboard", "checkpoints"}
-_TABLES_MAY_DIFFER = {"sharding"}
+_TABLES_MAY_DIFFER = {"sharding", "min_partition", "memory", "cache_load_factor", "pooling_factor"}
 
 # What may differ from the run that ``init_from`` names, when all that shall change is the dense optimizer.
 _OF_DENSE_OPTIMIZER = {"dense_optimizer", "adamw", "routing", "schedule", "schedules", "max_grad_norm", "init_from"}
@@ -31,7 +30,8 @@ def check_output(config: TrainConfig) -> None:
     if not resolved.is_file() or checkpoint.newest(config.output / "checkpoints") is None:
         return  # nothing was learned there yet
     before, now = (
-        _what_is_learned(yaml.safe_load(resolved.read_text())),
+        # Settings that came after that run stand at their defaults.
+        _what_is_learned(load_config(type(config), resolved).model_dump(mode="json")),
         _what_is_learned(config.model_dump(mode="json")),
     )
     differing = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))

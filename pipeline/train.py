@@ -21,6 +21,7 @@ from muonrec.config import Config, describe, load_config, name_only, to_yaml
 from muonrec.data.candidates import Candidates, CandidateSampler
 from muonrec.data.loader import TrainingBatches, evaluation_batches, seen_items
 from muonrec.data.shards import Sequences, load_sequences
+from muonrec.embeddings.comms import CommsConfig
 from muonrec.embeddings.fused import AccumulatedStep, JoinedOptimizer, build_optimizer, check_tables
 from muonrec.embeddings.sharding import DenseSharding, format_plan, shard_model
 from muonrec.embeddings.tables import TableConfig, initialize_tables, table_of
@@ -146,6 +147,7 @@ class TrainConfig(Config):
     model: Annotated[SASRecConfig, BeforeValidator(name_only)] = SASRecConfig()
     loss: Annotated[LossConfig, BeforeValidator(name_only)] = LossConfig()
     tables: dict[str, TableConfig]
+    comms: CommsConfig = CommsConfig()
     dense_optimizer: DenseOptimizerConfig = MuonConfig()
     adamw: AdamWConfig = AdamWConfig()
     routing: list[tuple[str, Literal["muon", "adamw"]]] = []
@@ -209,6 +211,7 @@ def main() -> int:
     )
     parser.add_argument("--plan", metavar="NODESxRANKS", help="only print the plan for such machines (16x8)")
     parser.add_argument("--hbm", type=float, default=80, metavar="GIB", help="with --plan: memory of one rank")
+    parser.add_argument("--host", type=float, default=128, metavar="GIB", help="with --plan: of the host's memory")
     parser.add_argument("--rows", action="append", default=[], metavar="TABLE=COUNT", help="with --plan: table sizes")
     arguments = parser.parse_intermixed_args()  # parse_args refuses key=value after an option
     if arguments.plan is not None:
@@ -222,7 +225,8 @@ def main() -> int:
 def plan(arguments: argparse.Namespace) -> None:
     """Print what the run would be on the machines of ``--plan``, without any of them."""
     config = load_config(TrainConfig, arguments.config, arguments.overrides)
-    print_plan(config, *parse_ranks(arguments.plan), arguments.hbm, rows=parse_rows(arguments.rows))
+    rows = parse_rows(arguments.rows)
+    print_plan(config, *parse_ranks(arguments.plan), arguments.hbm, host_gib=arguments.host, rows=rows)
 
 
 def train(config: TrainConfig, ranks: Ranks) -> None:
@@ -520,6 +524,7 @@ def make_model(config: TrainConfig, sequences: Sequences, ranks: Ranks) -> tuple
         ranks=ranks,
         batch_size=max(config.batch_size // config.accumulate_steps // ranks.num_ranks, 1),
         accumulates=config.accumulate_steps > 1,
+        comms=config.comms,
     )
     initialize_tables(sharded, std={name: table.init_std for name, table in config.tables.items()}, seed=config.seed)
     return sharded, plan
@@ -559,7 +564,7 @@ def load_run(folder: str | Path, which: str, ranks: Ranks) -> tuple[ShardedEncod
     config = load_config(TrainConfig, resolved)
     folders = choose_checkpoints(folder, which)
     sequences = load_sequences(config.data.output)
-    model, _ = make_model(without_table_optimizers(config), sequences, ranks)
+    model, _ = make_model(for_evaluation(config, ranks), sequences, ranks)
 
     def load(folder: Path) -> int:
         progress = checkpoint.read_progress(folder)
@@ -573,13 +578,17 @@ def load_run(folder: str | Path, which: str, ranks: Ranks) -> tuple[ShardedEncod
     return encoder, config, sequences, used.result
 
 
-def without_table_optimizers(config: TrainConfig) -> TrainConfig:
-    """``config`` with tables that have no optimizer state: to evaluate none is needed, nor the device that has it."""
-    tables = {
-        name: table.model_copy(update={"optimizer": "sgd", "weight_decay": 0.0})
-        for name, table in config.tables.items()
-    }
-    return config.model_copy(update={"tables": tables})
+def for_evaluation(config: TrainConfig, ranks: Ranks) -> TrainConfig:
+    """``config`` with tables that have no optimizer state, exact rows between ranks, and on a CPU what it has."""
+    changes: dict[str, Any] = {"optimizer": "sgd", "weight_decay": 0.0, "max_gradient": None}
+    if ranks.device.type == "cpu":
+        changes |= {"memory": "hbm", "stochastic_rounding": False}
+    tables = {}
+    for name, table in config.tables.items():
+        # The CPU kernels have no bf16; every such number is one of float32.
+        widened = {"data_type": "fp32"} if ranks.device.type == "cpu" and table.data_type == "bf16" else {}
+        tables[name] = table.model_copy(update=changes | widened)
+    return config.model_copy(update={"tables": tables, "comms": CommsConfig()})
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
+from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocation
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import WeightDecayMode
 from torch import nn
 from torch.distributed.optim import _apply_optimizer_in_backward
@@ -46,6 +47,9 @@ _FUSED: dict[SparseOptimizer, tuple[type[torch.optim.Optimizer], EmbOptimType]] 
     "adam": (optimizers.Adam, EmbOptimType.ADAM),
 }
 _ADAM = (EmbOptimType.PARTIAL_ROWWISE_ADAM, EmbOptimType.ADAM)
+# On a CPU the rows are in the only memory there is.
+_MEMORY = {EmbeddingLocation.MANAGED: "uvm", EmbeddingLocation.MANAGED_CACHING: "uvm_caching"}
+_CHECKED = ("lr", "eps", "betas", "weight_decay", "weight_decay_mode", "max_gradient", "data_type", "memory")
 _DECAY = {"l2": WeightDecayMode.L2, "decoupled": WeightDecayMode.DECOUPLE}
 
 
@@ -99,6 +103,8 @@ class FusedTable:
     weight_decay: float = 0.0
     weight_decay_mode: str = "none"
     max_gradient: float = math.inf
+    data_type: str = "fp32"
+    memory: str = "hbm"
     by: str = "FBGEMM, fused into the backward pass"
 
     def __str__(self) -> str:
@@ -107,6 +113,8 @@ class FusedTable:
         settings += [f"betas {self.betas[0]:g} and {self.betas[1]:g}"] * any(self.betas)
         settings += [f"{self.weight_decay_mode} weight decay {self.weight_decay:g}"] * bool(self.weight_decay)
         settings += [f"gradients clamped to {self.max_gradient:g}"] * math.isfinite(self.max_gradient)
+        settings += [f"{self.data_type} rows"] * (self.data_type != "fp32")
+        settings += [f"memory {self.memory}"] * (self.memory != "hbm")
         return f"{self.name}: {self.optimizer} by {self.by}; {', '.join(settings)}"
 
 
@@ -154,7 +162,10 @@ def _found(table: ShardedEmbeddingTable, table_batch: Any) -> FusedTable:
     )
     if isinstance(table_batch, RowwiseAdamTables):
         return dataclasses.replace(found, by="muonrec, on a dense kernel, after the backward pass")
-    return found
+    location = table_batch.embedding_specs[table_batch.table_names.index(table.name)][2]
+    return dataclasses.replace(
+        found, data_type=table_batch.weights_precision.value, memory=_MEMORY.get(location, "hbm")
+    )
 
 
 def check_tables(model: DistributedModelParallel, tables: Mapping[str, TableConfig]) -> list[FusedTable]:
@@ -175,10 +186,10 @@ def check_tables(model: DistributedModelParallel, tables: Mapping[str, TableConf
             "table must be on some rank, and run the same optimizer on each rank that has rows of it"
         )
     for table in found:
-        asked = _asked(table.name, tables[table.name])
+        asked = _asked(table, tables[table.name])
         if table.optimizer != asked.optimizer:
             raise ValueError(f"table {table.name!r} asks for {asked.optimizer}, but {table.optimizer} runs")
-        for setting in ("lr", "eps", "betas", "weight_decay", "weight_decay_mode", "max_gradient"):
+        for setting in _CHECKED:
             want, have = getattr(asked, setting), getattr(table, setting)
             # FBGEMM keeps some of them in float32.
             if not (math.isclose(want, have, rel_tol=1e-6) if isinstance(want, float) else want == have):
@@ -186,9 +197,9 @@ def check_tables(model: DistributedModelParallel, tables: Mapping[str, TableConf
     return found
 
 
-def _asked(name: str, table: TableConfig) -> FusedTable:
+def _asked(found: FusedTable, table: TableConfig) -> FusedTable:
     return FusedTable(
-        name=name,
+        name=found.name,
         optimizer=_FUSED[table.optimizer][1].name,
         lr=table.lr,
         eps=0.0 if table.optimizer == "sgd" else table.eps,
@@ -196,6 +207,8 @@ def _asked(name: str, table: TableConfig) -> FusedTable:
         weight_decay=table.weight_decay,
         weight_decay_mode=table.weight_decay_mode if table.weight_decay else "none",
         max_gradient=math.inf if table.max_gradient is None else table.max_gradient,
+        data_type=table.data_type or found.data_type,
+        memory=table.memory,
     )
 
 
@@ -469,7 +482,8 @@ def _table_optimizer(model: DistributedModelParallel) -> KeyedOptimizer:
 
 def _kernels(model: nn.Module) -> Iterator[tuple[str, BaseBatchedEmbedding | BaseBatchedEmbeddingBag]]:
     for path, module in model.named_modules():
-        if isinstance(module, ShardedEmbeddingModule):
+        # Managed collisions have their lookups in the collection below them.
+        if isinstance(module, ShardedEmbeddingModule) and hasattr(module, "_lookups"):
             for lookup in module._lookups:  # data-parallel ones are wrapped by DDP
                 yield from (
                     (path, part)

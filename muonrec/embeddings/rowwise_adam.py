@@ -178,7 +178,7 @@ class RowwiseAdam(EmbeddingFusedOptimizer):
 def install_rowwise_adam(model: nn.Module, names: Set[str]) -> None:
     """Let the tables ``names`` of a sharded model, all on dense kernels, train by row-wise Adam."""
     for module in model.modules():
-        if not isinstance(module, ShardedEmbeddingModule):
+        if not isinstance(module, ShardedEmbeddingModule) or not hasattr(module, "_lookups"):
             continue
         for lookup in module._lookups:
             for kernel in lookup.modules():

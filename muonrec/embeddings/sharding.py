@@ -12,37 +12,25 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torchrec.distributed.embedding import EmbeddingCollectionSharder
-from torchrec.distributed.embedding_types import EmbeddingComputeKernel, ShardingType
+from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.model_parallel import (
     DataParallelWrapper,
     DefaultDataParallelWrapper,
     DistributedModelParallel,
 )
-from torchrec.distributed.planner import EmbeddingShardingPlanner
-from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
-from torchrec.distributed.planner.types import (
-    KernelConfig,
-    ParameterConstraints,
-    PlannerError,
-    TopologyFactory,
-    TrainerConfig,
-)
-from torchrec.distributed.types import EnumerableShardingSpec, ModuleSharder, ShardedModule, ShardingEnv, ShardingPlan
+from torchrec.distributed.planner.types import PlannerError
+from torchrec.distributed.types import EnumerableShardingSpec, ShardedModule, ShardingEnv, ShardingPlan
 
+from muonrec.embeddings.comms import CommsConfig
+from muonrec.embeddings.constraints import ask_planner, make_sharders, make_topology
 from muonrec.embeddings.fused import fuse_optimizers
 from muonrec.embeddings.rowwise_adam import install_rowwise_adam
-from muonrec.embeddings.tables import TableConfig
+from muonrec.embeddings.tables import TableConfig, cast_tables
 from muonrec.mesh import Ranks
 
 logger = logging.getLogger(__name__)
 
 DenseSharding = Literal["ddp", "fsdp2"]
-
-# Share of a device's memory that the planner leaves to the tower, activations and batches; TorchRec's own margin.
-_NOT_FOR_TABLES = 0.15
-
-_SHARDED = [ShardingType.ROW_WISE.value, ShardingType.TABLE_WISE.value, ShardingType.COLUMN_WISE.value]
 
 
 def shard_model(
@@ -53,27 +41,31 @@ def shard_model(
     ranks: Ranks,
     batch_size: int,
     accumulates: bool = False,
+    comms: CommsConfig | None = None,
 ) -> tuple[DistributedModelParallel, ShardingPlan]:
     """Shard the tables of ``model`` by plan, each with its fused optimizer, and the rest by DDP or FSDP2.
 
     Every rank must call it with the same model; dense parameters start as rank 0 has them.
 
     Args:
-        model: tables on the meta device.
+        model: with `EmbeddingCollection`s or `EmbeddingBagCollection`s, their tables on the meta device.
         tables: settings by table name; each table of the model has exactly one.
         dense: what the parameters outside of the tables go through.
         ranks: this rank among the others.
         batch_size: users of one rank, for the planner's estimates.
         accumulates: several backward passes make up a step, see `AccumulatedStep`.
+        comms: precision of the rows and gradients that the ranks exchange; float32 by default.
 
     Raises:
         ValueError: tables without settings, settings without a table, or no plan that satisfies them.
     """
     fuse_optimizers(model, tables)
-    plan = make_plan(model, tables, ranks=ranks, batch_size=batch_size)
+    cast_tables(model, tables)
+    plan = make_plan(model, tables, ranks=ranks, batch_size=batch_size, comms=comms)
     wrapper = DefaultDataParallelWrapper(static_graph=not accumulates) if dense == "ddp" else FSDP2Wrapper()
+    sharders = make_sharders(comms or CommsConfig(), ranks.device.type)
     sharded = DistributedModelParallel(
-        model, device=ranks.device, plan=plan, sharders=_sharders(), data_parallel_wrapper=wrapper
+        model, device=ranks.device, plan=plan, sharders=sharders, data_parallel_wrapper=wrapper
     )
     install_rowwise_adam(sharded, _without_fbgemm(tables, ranks))
     return sharded, plan
@@ -85,52 +77,25 @@ def make_plan(
     *,
     ranks: Ranks,
     batch_size: int,
+    comms: CommsConfig | None = None,
     hbm_bytes: int | None = None,
 ) -> ShardingPlan:
     """TorchRec's plan for ``model`` under one constraint per table; the same on every rank without talking.
 
     Raises:
-        ValueError: the constraint cannot be met; says which table, and what works instead.
+        ValueError: a constraint cannot be met; says which table, and what works instead.
     """
-    on_cpu = ranks.device.type == "cpu"
-    constraints = {}
-    for name, table in tables.items():
-        if on_cpu and table.sharding == "data_parallel":
-            raise ValueError(
-                f"table {name!r} asks for data_parallel, whose CPU kernel gives wrong shapes for an "
-                "EmbeddingCollection (FBGEMM 1.8); use row_wise, table_wise or column_wise"
-            )
-        if on_cpu and table.optimizer == "adam":
-            raise ValueError(
-                f"table {name!r} asks for adam, which FBGEMM has on CUDA only; use partial_rowwise_adam, which trains "
-                "on a CPU too, or rowwise_adagrad"
-            )
-        # Without a kernel the planner may pick a dense one, and the fused optimizer would never run.
-        kernel = EmbeddingComputeKernel.DENSE if table.sharding == "data_parallel" else EmbeddingComputeKernel.FUSED
-        constraints[name] = ParameterConstraints(
-            sharding_types=_SHARDED if table.sharding == "auto" else [table.sharding],
-            compute_kernels=[kernel.value],
-            pooling_factors=[1.0],
-        )
-    if hbm_bytes is None and ranks.device.type == "cuda":
-        hbm_bytes = torch.cuda.get_device_properties(ranks.device).total_memory  # TorchRec would assume 32 GB
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.num_ranks))
-    topology = TopologyFactory.create_topology(
-        TrainerConfig(ranks.num_ranks, ranks_here, hbm_cap_bytes=hbm_bytes),
-        kernel_config=KernelConfig(compute_device=ranks.device.type),
-    )
-    planner = EmbeddingShardingPlanner(
-        topology=topology,
-        batch_size=batch_size,
-        storage_reservation=FixedPercentageStorageReservation(_NOT_FOR_TABLES),
-        constraints=constraints,
-        debug=False,
-    )
+    host_bytes = None
+    if ranks.device.type == "cuda":
+        # TorchRec would assume 32 GB, and 128 GB of the host's for each rank.
+        hbm_bytes = hbm_bytes or torch.cuda.get_device_properties(ranks.device).total_memory
+        host_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // ranks_here
+    topology = make_topology(ranks.num_ranks, ranks_here, ranks.device.type, hbm_bytes=hbm_bytes, host_bytes=host_bytes)
     try:
-        # plan(), not collective_plan(): a failure of the latter raises on rank 0 and leaves the others waiting.
-        plan = planner.plan(model, _sharders())
+        plan = ask_planner(model, tables, topology, batch_size=batch_size, comms=comms or CommsConfig())
     except (PlannerError, RuntimeError) as error:
-        asked = {name: table.sharding for name, table in tables.items()}
+        asked = {name: ", ".join(table.sharding_types) for name, table in tables.items()}
         raise ValueError(
             f"no sharding plan for {asked} on {ranks.num_ranks} ranks of {ranks.device.type}: {error}"
         ) from error
@@ -198,13 +163,13 @@ class FSDP2Wrapper(DataParallelWrapper):
             if value not in ignored and mesh.size() > 1:
                 # Otherwise shards of different initialisations would be stitched together.
                 dist.broadcast(value.detach(), src=dist.get_global_rank(mesh.get_group(), 0), group=mesh.get_group())
-        blocks = self._blocks if self._blocks is not None else _list_children(root)
+        blocks = self._blocks if self._blocks is not None else list_children(root)
         for name in sorted(blocks, key=lambda name: -name.count(".")):  # inner ones before those that hold them
             fully_shard(root.get_submodule(name), mesh=mesh)
         fully_shard(root, mesh=mesh, ignored_params=ignored & set(root.parameters()))
 
 
-def _list_children(root: nn.Module) -> list[str]:
+def list_children(root: nn.Module) -> list[str]:
     return [
         f"{name}.{child}".lstrip(".")
         for name, module in root.named_modules()
@@ -213,7 +178,3 @@ def _list_children(root: nn.Module) -> list[str]:
         if not any(isinstance(part, ShardedModule) for part in block.modules())
         and not isinstance(block, nn.ModuleList | nn.ModuleDict)  # they are never called, so nothing would gather them
     ]
-
-
-def _sharders() -> list[ModuleSharder[nn.Module]]:
-    return [EmbeddingCollectionSharder()]  # type: ignore[list-item]

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
+from torch import nn
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torchrec.distributed.model_parallel import DistributedModelParallel
-from torchrec.modules.embedding_configs import EmbeddingConfig
-from torchrec.modules.embedding_modules import EmbeddingCollection
+from torchrec.modules.embedding_configs import DataType, EmbeddingBagConfig, EmbeddingConfig, data_type_to_dtype
+from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 
 from muonrec.batch import CANDIDATES, HISTORY, TARGETS
 from muonrec.config import Config
@@ -18,10 +20,29 @@ from muonrec.config import Config
 SparseOptimizer = Literal["rowwise_adagrad", "adagrad", "sgd", "partial_rowwise_adam", "adam"]
 WeightDecayMode = Literal["decoupled", "l2"]
 Beta = Annotated[float, Field(ge=0, lt=1)]
-Sharding = Literal["auto", "row_wise", "table_wise", "column_wise", "data_parallel"]
+SHARDINGS = (
+    "auto",
+    "row_wise",
+    "table_wise",
+    "column_wise",
+    "table_row_wise",
+    "table_column_wise",
+    "grid_shard",
+    "data_parallel",
+)
+Memory = Literal["hbm", "uvm_caching", "uvm"]
+TableDataType = Literal["fp32", "fp16", "bf16"]
 
 # Rows are drawn in blocks of this many, each from a generator of its own, so that a shard draws only what it needs.
 _ROWS_PER_BLOCK = 4096
+
+
+def _known_sharding(value: str | tuple[str, ...]) -> str | tuple[str, ...]:
+    names = (value,) if isinstance(value, str) else value
+    # A union of literals would report each of its branches.
+    if not names or not set(names) <= set(SHARDINGS) or (len(names) > 1 and "auto" in names):
+        raise ValueError(f"give one of {', '.join(SHARDINGS)}, or a list of some but auto")
+    return value
 
 
 class TableConfig(Config):
@@ -39,7 +60,23 @@ class TableConfig(Config):
             gradient, by row-wise Adagrad alone.
         max_gradient: each element of the gradient of a looked-up row is clamped to this size, before those of one row
             are added up; None to leave it alone.
-        sharding: ``auto`` leaves the choice to TorchRec's planner.
+        sharding: one type, or a list of those that TorchRec's planner may choose from; ``auto`` is row-, table- and
+            column-wise. ``table_row_wise`` (the rows over one node's ranks), ``grid_shard`` (columns over nodes, their
+            rows over a node's ranks) and ``table_column_wise`` are for an `EmbeddingBagCollection`. ``data_parallel``
+            is refused: FBGEMM fuses no optimizer into a replicated table, its gradient is as large as the table, and a
+            table small enough to be copied is as well held by one rank.
+        min_partition: least columns of a shard, by ``column_wise``, ``table_column_wise`` and ``grid_shard``; None for
+            TorchRec's choice.
+        memory: ``hbm`` keeps the rows on the device. On CUDA alone, ``uvm_caching`` keeps them in host memory behind a
+            cache on the device, and ``uvm`` without one. Row-wise state stays on the device; state per element follows
+            the rows.
+        cache_load_factor: rows of the cache, as a share of the table's; tables of one kernel share one cache, of their
+            mean share.
+        data_type: of the rows; None as the model's own `EmbeddingConfig` says, fp32 in the models here. They come back
+            as float32, and the state is float32, whatever they are. ``bf16`` needs CUDA.
+        stochastic_rounding: of fp16 and bf16 rows when they are updated, on CUDA. A CPU rounds to the nearest, so
+            there it must be turned off.
+        pooling_factor: ids of a user, for the planner's estimates of traffic and memory.
         init_std: standard deviation of the normal the rows are drawn from.
     """
 
@@ -50,13 +87,24 @@ class TableConfig(Config):
     weight_decay: float = Field(default=0.0, ge=0)
     weight_decay_mode: WeightDecayMode = "decoupled"
     max_gradient: float | None = Field(default=None, gt=0)
-    sharding: Sharding = "auto"
+    sharding: Annotated[str | tuple[str, ...], AfterValidator(_known_sharding)] = "auto"
+    min_partition: int | None = Field(default=None, ge=4, multiple_of=4)
+    memory: Memory = "hbm"
+    cache_load_factor: float = Field(default=0.2, gt=0, lt=1)
+    data_type: TableDataType | None = None
+    stochastic_rounding: bool = True
+    pooling_factor: float = Field(default=1.0, gt=0)
     init_std: float = Field(default=0.02, ge=0)
 
     @property
     def is_adam(self) -> bool:
         """Whether the rows have two moments."""
         return self.optimizer in ("partial_rowwise_adam", "adam")
+
+    @property
+    def sharding_types(self) -> tuple[str, ...]:
+        """The types the planner may choose from."""
+        return (self.sharding,) if isinstance(self.sharding, str) else self.sharding
 
     @model_validator(mode="after")
     def _nothing_ignored(self) -> TableConfig:
@@ -69,6 +117,19 @@ class TableConfig(Config):
             raise ValueError(f"FBGEMM's {self.optimizer} knows decoupled decay only; use weight_decay_mode decoupled")
         if self.betas != type(self).model_fields["betas"].default and not self.is_adam:
             raise ValueError(f"betas {self.betas} would be ignored by {self.optimizer}; they are for Adam")
+        if self.cache_load_factor != type(self).model_fields["cache_load_factor"].default and (
+            self.memory != "uvm_caching"
+        ):
+            raise ValueError(
+                f"cache_load_factor {self.cache_load_factor:g} would be ignored with memory {self.memory}; "
+                "use memory uvm_caching"
+            )
+        by_columns = {"column_wise", "table_column_wise", "grid_shard", "auto"}
+        if self.min_partition is not None and not by_columns & set(self.sharding_types):
+            raise ValueError(
+                f"min_partition {self.min_partition} would be ignored by {', '.join(self.sharding_types)}; it is for "
+                "column_wise, table_column_wise and grid_shard"
+            )
         return self
 
 
@@ -82,6 +143,27 @@ def item_table(num_items: int, embedding_dim: int) -> EmbeddingCollection:
     )
     # A device given as a string breaks materialisation: torchrec compares it with a torch.device.
     return EmbeddingCollection(tables=[config], device=torch.device("meta"))
+
+
+def table_configs(model: nn.Module) -> Iterator[tuple[str, EmbeddingConfig | EmbeddingBagConfig]]:
+    """Where each table of an unsharded model is, the path of its collection, and TorchRec's description of it."""
+    for path, module in model.named_modules():
+        if isinstance(module, EmbeddingCollection):
+            yield from ((path, config) for config in module.embedding_configs())
+        elif isinstance(module, EmbeddingBagCollection):
+            yield from ((path, config) for config in module.embedding_bag_configs())
+
+
+def cast_tables(model: nn.Module, tables: Mapping[str, TableConfig]) -> None:
+    """Give the tables of an unsharded model the data types that their settings ask for, in place."""
+    for path, config in table_configs(model):
+        asked = tables[config.name].data_type if config.name in tables else None
+        if asked is not None:
+            config.data_type = DataType(asked.upper())
+            collection = model.get_submodule(path)
+            holder = collection.embedding_bags if isinstance(config, EmbeddingBagConfig) else collection.embeddings
+            weight = holder[config.name].weight  # type: ignore[index,union-attr]
+            weight.data = weight.data.to(data_type_to_dtype(config.data_type))
 
 
 def initialize_tables(model: DistributedModelParallel, *, std: dict[str, float], seed: int) -> None:

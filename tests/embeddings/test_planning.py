@@ -16,16 +16,9 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 import muonrec
 from muonrec.config import load_config
-from muonrec.embeddings import planning
-from muonrec.embeddings.planning import (
-    Cluster,
-    Workload,
-    _place,
-    _place_by_rows,
-    describe_job,
-    find_changes,
-    plan_job,
-)
+from muonrec.embeddings.comms import CommsConfig
+from muonrec.embeddings.planning import Cluster, Workload, describe_job, find_changes, plan_job
+from muonrec.embeddings.planning.placement import place, place_by_rows
 from muonrec.embeddings.sharding import shard_model
 from muonrec.embeddings.tables import TableConfig, initialize_tables
 from muonrec.losses import sampled_softmax
@@ -207,12 +200,12 @@ def test_sums_by_rows_are_those_of_the_planner_to_the_byte():
             while taken - refused > 1:
                 middle = (taken + refused) // 2
                 tight = dataclasses.replace(job, cluster=Cluster(2, 4, middle))
-                taken, refused = (middle, refused) if _place_by_rows(tight)[1] is None else (taken, middle)
+                taken, refused = (middle, refused) if place_by_rows(tight)[1] is None else (taken, middle)
             for hbm_bytes, fits in ((taken, True), (refused, False)):
                 tight = dataclasses.replace(job, cluster=Cluster(2, 4, hbm_bytes))
-                placements, refusal = _place(tight)
+                placements, refusal = place(tight)
                 assert (refusal is None) == fits
-                for planned, summed in zip(placements, _place_by_rows(tight)[0], strict=True):
+                for planned, summed in zip(placements, place_by_rows(tight)[0], strict=True):
                     assert planned.table == summed.table
                     np.testing.assert_array_equal(planned.rows, summed.rows)
                     np.testing.assert_array_equal(planned.ranks, summed.ranks)
@@ -353,7 +346,7 @@ def test_weights_too_large_for_the_ranks_ask_for_float16():
     plan, changes = overfull(cluster=Cluster(1, 4, 80 * GIB))
     assert plan.table_bytes.max() == 4 * ROWS / 4 * (WIDTH * 4 + 4)
     found = smallest(changes)
-    assert found.what == "fp16 rows for t0, t1, t2"
+    assert found.what == "data_type=fp16 for t0, t1, t2"
     assert sum(table.element_bytes == 2 for table in found.plan.job.tables) == 3
 
 
@@ -372,7 +365,7 @@ def test_where_no_settings_suffice_the_slimmest_tables_are_offered_with_fewer_no
     _, changes = overfull(cluster=Cluster(2, 8, 16 * GIB), optimizer="adam")
     assert [change.what for change in changes if change.plan.fits] == [
         "11 nodes (88 ranks)",
-        "optimizer=partial_rowwise_adam, fp16 rows for every table; 5 nodes (40 ranks)",
+        "optimizer=partial_rowwise_adam, data_type=fp16 for every table; 5 nodes (40 ranks)",
     ]
 
 
@@ -382,7 +375,7 @@ def test_activations_too_large_for_a_rank_ask_for_more_nodes_or_else_a_smaller_b
     assert plan.refusal is None
     assert plan.memory["activations"].tolist() == [128 * GIB] * 8
     assert [change.what for change in changes if change.plan.fits] == ["2 nodes (16 ranks)"]
-    monkeypatch.setattr(planning, "MOST_RANKS", 8)
+    monkeypatch.setattr("muonrec.embeddings.planning.changes.MOST_RANKS", 8)
     # 80 GiB hold 639 users of 128 MiB beside the rest, 640 without.
     batches = [change.plan.job.workload.batch_size for change in find_changes(plan) if change.plan.fits]
     assert batches == [639 * 8]
@@ -399,7 +392,7 @@ def test_dense_weights_too_large_for_a_rank_ask_for_fsdp2():
 def test_what_cannot_be_planned_is_refused_by_name():
     cluster = Cluster(1, 2, GIB)
     with pytest.raises(ValueError, match="table 't0' asks for data_parallel"):
-        job_of(cluster, sharding="data_parallel")
+        plan_job(job_of(cluster, sharding="data_parallel"))
     with pytest.raises(ValueError, match="asks for optimizer 'lamb'"):
         job_of(cluster, optimizer="lamb")
     with pytest.raises(ValueError, match="table 't0' has no settings"):
@@ -495,3 +488,101 @@ def test_a_wrong_command_line_is_answered_in_one_message(monkeypatch, capfd, arg
     assert main() == 1
     said = " ".join(capfd.readouterr().err.split())
     assert message in said and "Traceback" not in said
+
+
+# What the settings of production tables do to a plan
+
+
+def settings_of(**settings):
+    return {f"t{i}": TableConfig(lr=0.1, **settings) for i in range(4)}
+
+
+def planned(*, rows=1_000_000, pooled=False, comms=None, hbm_bytes=GIB, **settings):
+    return plan_job(
+        describe_job(
+            Production(rows=rows, pooled=pooled),
+            settings_of(**settings),
+            Cluster(2, 4, hbm_bytes, 64 * GIB),
+            workload=Workload(batch_size=64, ids_per_user={f"f{i}": 50.0 for i in range(4)}),
+            comms=comms,
+        )
+    )
+
+
+def test_float16_rows_take_half_the_memory_and_state_stays_float32():
+    full, half = (planned(sharding="row_wise", data_type=data_type) for data_type in ("fp32", "fp16"))
+    np.testing.assert_array_equal(half.memory["tables"], full.memory["tables"] / 2)
+    np.testing.assert_array_equal(half.memory["table state"], full.memory["table state"])
+
+
+@pytest.mark.parametrize("optimizer", ["rowwise_adagrad", "adagrad"])
+def test_cached_tables_take_their_cache_on_the_device_and_the_rest_on_the_host(optimizer):
+    weights, elements = 4 * 125_000 * WIDTH * 4, 4 * 125_000 * WIDTH * 4 * (optimizer == "adagrad")
+    rows = 4 * 125_000
+    for memory, on_device in (("uvm_caching", 0.1 * weights + rows * (4 + 16 * 0.1)), ("uvm", 0)):
+        share = {"cache_load_factor": 0.1} if memory == "uvm_caching" else {}
+        plan = planned(sharding="row_wise", memory=memory, optimizer=optimizer, **share)
+        assert {placement.kernel for placement in plan.placements} == {f"fused_{memory}"}
+        np.testing.assert_allclose(plan.memory["tables"], on_device)
+        assert plan.memory["table state"].tolist() == [rows * 4 * (optimizer != "adagrad")] * 8
+        assert plan.host.tolist() == [weights + elements] * 8
+
+
+@pytest.mark.parametrize("memory", ["uvm_caching", "uvm"])
+@pytest.mark.parametrize("optimizer", ["rowwise_adagrad", "adagrad", "adam"])
+def test_sums_by_rows_of_host_memory_are_those_of_the_planner_to_the_byte(memory, optimizer):
+    tables = {f"t{i}": TableConfig(lr=0.1, sharding="row_wise", memory=memory, pooling_factor=3.0) for i in range(3)}
+    tables = {name: table.model_copy(update={"optimizer": optimizer}) for name, table in tables.items()}
+    model, workload = Production(rows=1_000_003, num_tables=3), Workload(batch_size=64)
+    job = describe_job(model, tables, Cluster(2, 4, GIB, GIB), workload=workload)
+    for kind in ("hbm_bytes", "host_bytes"):
+        taken, refused = GIB, 0
+        while taken - refused > 1:
+            middle = (taken + refused) // 2
+            tight = dataclasses.replace(job, cluster=dataclasses.replace(job.cluster, **{kind: middle}))
+            taken, refused = (middle, refused) if place_by_rows(tight)[1] is None else (taken, middle)
+        for num_bytes, fits in ((taken, True), (refused, False)):
+            tight = dataclasses.replace(job, cluster=dataclasses.replace(job.cluster, **{kind: num_bytes}))
+            assert (place(tight)[1] is None) == fits, kind
+
+
+@pytest.mark.parametrize("sharding", ["row_wise", "column_wise"])
+def test_comms_change_the_bytes_of_rows_and_gradients_and_of_nothing_else(sharding):
+    exact = {c.name: c for c in planned(sharding=sharding).collectives}
+    for collective in planned(sharding=sharding, comms=CommsConfig(forward="fp16", backward="int8")).collectives:
+        share = 1.0
+        if "embeddings forward" in collective.name:
+            share = 0.5
+        elif "embeddings backward" in collective.name:
+            share = 40 / 32 / 4  # a scale and an offset for every 32 bytes
+        np.testing.assert_allclose(collective.sent, share * exact[collective.name].sent)
+        np.testing.assert_allclose(collective.received, share * exact[collective.name].received)
+
+
+@pytest.mark.parametrize("sharding", ["table_row_wise", "grid_shard", "table_column_wise"])
+def test_bags_are_planned_under_the_types_that_need_a_node(sharding):
+    plan = planned(pooled=True, sharding=sharding)
+    assert [placement.sharding for placement in plan.placements] == [sharding] * 4
+    assert plan.memory["tables"].sum() == 4 * 1_000_000 * WIDTH * 4
+    with pytest.raises(ValueError, match=f"asks for {sharding}, which TorchRec has for an EmbeddingBagCollection"):
+        planned(sharding=sharding)
+
+
+def test_tables_too_large_for_any_setting_go_to_host_memory():
+    # One rank, 95 GiB of float32: no sharding helps, and half of it is still too much.
+    workload, model = Workload(batch_size=64), Production(num_tables=1)
+    cluster = Cluster(1, 1, 40 * GIB, 128 * GIB)
+    job = describe_job(model, {"t0": TableConfig(lr=0.1)}, cluster, workload=workload)
+    assert smallest(find_changes(plan_job(job))).what == "memory=uvm_caching for t0"
+    short = dataclasses.replace(job, cluster=dataclasses.replace(cluster, host_bytes=64 * GIB))
+    assert "memory" not in smallest(find_changes(plan_job(short))).what
+
+
+def test_the_report_follows_data_type_memory_and_comms(capsys):
+    overrides = ("model.embedding_dim=128", "tables.item.memory=uvm_caching", "tables.item.data_type=fp16")
+    plan = print_plan(config_of(*overrides, "comms.forward=fp16"), 1, 4, 80, host_gib=64, rows={"item": 200_000_000})
+    text = capsys.readouterr().out
+    assert plan.fits
+    assert "fp16  rowwise_adagrad  uvm_caching" in text
+    assert "of the host's memory a rank takes at most 11.9 GiB, 18.6% of its 64 GiB" in text
+    assert max(map(len, text.splitlines())) < 180

@@ -296,3 +296,44 @@ def test_a_run_with_adam_tables_of_cuda_is_evaluated_and_exported_on_a_cpu(data,
     # To train on needs the optimizer, and still says so.
     message, _, _ = run_on_ranks(1, listening, train_from, run / "resolved.yaml")[0]
     assert "asks for adam, which FBGEMM has on CUDA only" in message
+
+
+def with_short_rows(run):
+    """Write the run's checkpoint as CUDA would have, with rows in bf16 behind a cache; gives what they were."""
+    config = load_config(TrainConfig, run / "resolved.yaml")
+    model, _ = make_model(config, load_sequences(config.data.output), this_rank())
+    (folder,) = checkpoint.newest_first(run / "checkpoints")
+    progress = checkpoint.load(folder, model)
+    weights = {name: value for name, value in model.state_dict().items() if name != WEIGHT}
+    rows = model.state_dict()[WEIGHT].local_shards()[0].tensor.bfloat16()
+    shutil.rmtree(folder)
+    checkpoint.save(folder, Stated({**weights, WEIGHT: rows}), Stated({}), progress=progress)
+    tree = yaml.safe_load((run / "resolved.yaml").read_text())
+    tree["tables"]["item"] |= {"data_type": "bf16", "memory": "uvm_caching", "cache_load_factor": 0.1}
+    tree["comms"] = {"forward": "bf16", "backward": "bf16"}
+    (run / "resolved.yaml").write_text(yaml.safe_dump(tree))
+    return rows.float()
+
+
+def loaded_rows(run):
+    encoder, *_ = load_run(run, "last", this_rank())
+    return encoder.model.state_dict()[WEIGHT].local_shards()[0].tensor.clone()
+
+
+class Stated:
+    """What has a state dict of its own making."""
+
+    def __init__(self, state):
+        self.state = state
+
+    def state_dict(self):
+        return self.state
+
+
+def test_a_run_with_short_rows_in_host_memory_is_evaluated_on_a_cpu(data, tmp_path):
+    path = config_file(data, tmp_path, checkpoints={"every_steps": 100, "keep": 1}, validation={"every_steps": 6})
+    run_on_ranks(1, train_from, path)
+    run = Path(tmp_path / "old")
+    rows = run_on_ranks(1, with_short_rows, run)[0]
+    assert torch.equal(run_on_ranks(1, loaded_rows, run)[0], rows)
+    assert run_on_ranks(2, evaluate, run)[0]["checkpoint_step"] == 6
