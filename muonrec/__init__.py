@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from muonrec.checkpoint import load, save
-    from muonrec.embeddings.fused import build_optimizer, explain
+    from muonrec.embeddings.joined import build_optimizer, explain
     from muonrec.embeddings.sharding import FSDP2Wrapper
 
 __version__ = "0.1.0"
@@ -18,8 +18,8 @@ __version__ = "0.1.0"
 __all__ = ["FSDP2Wrapper", "__version__", "build_optimizer", "explain", "load", "save"]
 
 _HOMES = {
-    "build_optimizer": "muonrec.embeddings.fused",
-    "explain": "muonrec.embeddings.fused",
+    "build_optimizer": "muonrec.embeddings.joined",
+    "explain": "muonrec.embeddings.joined",
     "FSDP2Wrapper": "muonrec.embeddings.sharding",
     "save": "muonrec.checkpoint",
     "load": "muonrec.checkpoint",

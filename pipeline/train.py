@@ -23,7 +23,8 @@ from muonrec.config import Config, describe, load_config, name_only, to_yaml
 from muonrec.data.candidates import Candidates, CandidateSampler
 from muonrec.data.loader import TrainingBatches, evaluation_batches, seen_items
 from muonrec.data.shards import Sequences, load_sequences
-from muonrec.embeddings.fused import AccumulatedStep, JoinedOptimizer, build_optimizer, check_tables
+from muonrec.embeddings.fused import check_tables
+from muonrec.embeddings.joined import AccumulatedStep, JoinedOptimizer, build_optimizer
 from muonrec.embeddings.sharding import DenseSharding, format_plan, shard_model
 from muonrec.embeddings.tables import TableConfig, initialize_tables
 from muonrec.losses import Loss, NextItemLoss

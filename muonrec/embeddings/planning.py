@@ -35,7 +35,7 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection, Embedding
 from torchrec.optim.optimizers import PartialRowWiseAdam
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
-from muonrec.embeddings.fused import table_rule
+from muonrec.embeddings.roles import role_rules
 from muonrec.embeddings.sharding import _NOT_FOR_TABLES, _SHARDED, DenseSharding, _list_children
 from muonrec.optim import param_groups
 from muonrec.optim.exchange import ALIGNMENT_BYTES
@@ -308,7 +308,7 @@ def describe_job(
     if unknown or not found:
         raise ValueError(f"tables of the model: {[table.name for table in found]}; settings for no table: {unknown}")
 
-    assignments = param_groups(model, rules=(table_rule(model),), overrides=overrides)
+    assignments = param_groups(model, rules=role_rules(model), overrides=overrides)
     parameters = dict(model.named_parameters())
     units = sorted(_list_children(model), key=len, reverse=True)
     dense = []
