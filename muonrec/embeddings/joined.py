@@ -59,6 +59,21 @@ class JoinedOptimizer(CombinedOptimizer):
         for group, lr in zip(self.parts[part].param_groups, self._base_lrs[part], strict=True):
             group["lr"] = factor * lr  # type: ignore[index]
 
+    def step(self, closure: Any = None) -> None:
+        """Step every part; after the backward pass, when all gradients are there.
+
+        Raises:
+            ValueError: called within the backward pass.
+        """
+        if torch._C._current_graph_task_id() >= 0:
+            raise ValueError(
+                "the whole optimizer was stepped within the backward pass, as by TorchRec's "
+                "TrainPipelineSparseDistBwdOpt, before all gradients are there; DDP's replicas would drift apart; "
+                "use muonrec.OverlappedPipeline, which steps what is complete, with FSDP2, or TrainPipelineSparseDist"
+            )
+        for part in self.parts.values():  # not super's: its hooks would run twice
+            part.step(closure=closure)
+
     def init_state(self, sparse_grad_parameter_names: set[str] | None = None) -> None:
         """Nothing to do: the state exists. TorchRec's would step with zero gradients, and decay the weights."""
 

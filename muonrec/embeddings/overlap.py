@@ -100,6 +100,9 @@ class OverlappedPipeline(TrainPipelineSparseDistBwdOpt):
                     "in the first step; use TrainPipelineSparseDist for a model whose graph changes"
                 )
 
+        # What a scheduler of torch looks at, to warn of a schedule that runs ahead of the steps.
+        self._optimizer._opt_called = True
+
     def _choose(self) -> None:
         """The last site of the backward pass, and the parts that have every gradient there, on every rank."""
         site, there = self._seen[-1] if self._seen else (-1, {})

@@ -35,6 +35,12 @@ def test_the_page_shows_the_change_between_them():
     assert [line.rstrip() for line in lines] == [line.rstrip() for line in shown]
 
 
-def test_python_on_the_page_is_python():
-    for block in re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL):
+def test_python_on_the_page_is_python_and_needs_no_torchrec_where_it_says_so():
+    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    for block in blocks:
         compile(block, "block", "exec")
+    (torch_alone,) = (block for block in blocks if "param_groups(model)" in block)
+    scope = {"model": (model := torch.nn.TransformerEncoderLayer(16, 2)), "torch": torch}
+    exec(torch_alone, scope)
+    stepped = [p for name in ("muon", "adamw") for group in scope[name].param_groups for p in group["params"]]
+    assert len(stepped) == len(set(stepped)) == len(list(model.parameters()))

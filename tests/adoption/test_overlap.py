@@ -1,8 +1,11 @@
 """The dense step within the backward pass gives the losses of the step after it, or is refused."""
 
+import warnings
+
 import pytest
 import torch
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
+from torchrec.distributed.train_pipeline.experimental_pipelines import TrainPipelineSparseDistBwdOpt
 
 import muonrec
 from tests.adoption.models import CPU, shard, share
@@ -24,7 +27,13 @@ def trained(name, overlapped, blocks=None, sharding="table_wise"):
             keyed.step = noting(keyed.step, part, stepped_within)
     dmp.train()
     batches = iter([share(step) for step in range(STEPS)])
-    scores = [pipeline.progress(batches) for _ in range(STEPS)]
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / STEPS)
+    scores = []
+    for _ in range(STEPS):
+        scores.append(pipeline.progress(batches))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            schedule.step()
     scores = [score[1] if isinstance(score, tuple) else score for score in scores]
     early = pipeline.early if overlapped else None
     return scores, {n: whole(value) for n, value in dmp.state_dict().items()}, early, stepped_within
@@ -70,3 +79,20 @@ def refused():
 def test_ddp_is_refused():
     for message in run_on_ranks(2, refused):
         assert "are replicated, as under DDP" in message and "muonrec.FSDP2Wrapper()" in message
+
+
+def stepped_by_torchrec(dense):
+    dmp = shard("two-tower", muonrec.FSDP2Wrapper() if dense == "fsdp2" else None)
+    optimizer = muonrec.build_optimizer(dmp, muon=MUON, adamw=ADAMW)
+    pipeline = TrainPipelineSparseDistBwdOpt(dmp, optimizer, CPU, site_fqn="user_tables")
+    dmp.train()
+    try:
+        pipeline.progress(iter([share(0)]))
+    except ValueError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("dense", ["ddp", "fsdp2"])
+def test_torchrec_s_own_pipeline_is_refused_where_it_steps(dense):
+    for message in run_on_ranks(2, stepped_by_torchrec, dense):
+        assert "stepped within the backward pass" in message and "muonrec.OverlappedPipeline" in message
