@@ -24,7 +24,8 @@ from torch import nn
 
 from muonrec.batch import SequenceBatch
 from muonrec.data.loader import make_batch
-from muonrec.embeddings.fused import build_optimizer, check_tables
+from muonrec.embeddings.fused import check_tables
+from muonrec.embeddings.joined import build_optimizer
 from muonrec.embeddings.sharding import shard_model
 from muonrec.embeddings.tables import TableConfig
 from muonrec.losses import NextItemLoss

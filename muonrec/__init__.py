@@ -10,18 +10,31 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from muonrec.checkpoint import load, save
-    from muonrec.embeddings.fused import build_optimizer, explain
+    from muonrec.checkpoint.foreign import adopt_checkpoint
+    from muonrec.embeddings.joined import build_optimizer, explain
+    from muonrec.embeddings.overlap import OverlappedPipeline
     from muonrec.embeddings.sharding import FSDP2Wrapper
 
 __version__ = "0.1.0"
 
-__all__ = ["FSDP2Wrapper", "__version__", "build_optimizer", "explain", "load", "save"]
+__all__ = [
+    "FSDP2Wrapper",
+    "OverlappedPipeline",
+    "__version__",
+    "adopt_checkpoint",
+    "build_optimizer",
+    "explain",
+    "load",
+    "save",
+]
 
 _HOMES = {
-    "build_optimizer": "muonrec.embeddings.fused",
-    "explain": "muonrec.embeddings.fused",
+    "build_optimizer": "muonrec.embeddings.joined",
+    "explain": "muonrec.embeddings.joined",
+    "OverlappedPipeline": "muonrec.embeddings.overlap",
     "FSDP2Wrapper": "muonrec.embeddings.sharding",
     "save": "muonrec.checkpoint",
+    "adopt_checkpoint": "muonrec.checkpoint.foreign",
     "load": "muonrec.checkpoint",
 }
 

@@ -22,7 +22,8 @@ from muonrec.data.candidates import Candidates, CandidateSampler
 from muonrec.data.loader import TrainingBatches, evaluation_batches, seen_items
 from muonrec.data.shards import Sequences, load_sequences
 from muonrec.embeddings.comms import CommsConfig
-from muonrec.embeddings.fused import AccumulatedStep, JoinedOptimizer, build_optimizer, check_tables
+from muonrec.embeddings.fused import check_tables
+from muonrec.embeddings.joined import AccumulatedStep, JoinedOptimizer, build_optimizer
 from muonrec.embeddings.sharding import DenseSharding, format_plan, shard_model
 from muonrec.embeddings.tables import TableConfig, initialize_tables, table_of
 from muonrec.losses import Loss, NextItemLoss

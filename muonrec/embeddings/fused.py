@@ -1,12 +1,10 @@
-"""One optimizer for a TorchRec model: tables fused into the backward pass, matrices by Muon, the rest by AdamW."""
+"""Optimizers fused into the backward pass of tables: attached before sharding, read back and checked after it."""
 
 from __future__ import annotations
 
 import dataclasses
-import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -16,7 +14,6 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocati
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import WeightDecayMode
 from torch import nn
 from torch.distributed.optim import _apply_optimizer_in_backward
-from torch.nn.parallel import DistributedDataParallel
 from torchrec.distributed.batched_embedding_kernel import (
     BaseBatchedEmbedding,
     BaseBatchedEmbeddingBag,
@@ -27,15 +24,11 @@ from torchrec.distributed.embedding_types import ShardedEmbeddingModule, Sharded
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 from torchrec.optim import optimizers
-from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer, KeyedOptimizerWrapper
-from torchrec.optim.optimizers import in_backward_optimizer_filter
+from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
 from muonrec.embeddings.rowwise_adam import RowwiseAdam, RowwiseAdamTables
 from muonrec.embeddings.tables import SparseOptimizer, TableConfig
-from muonrec.optim import Assignment, DistributedMuon, Role, param_groups
-
-logger = logging.getLogger(__name__)
 
 # What each name asks of FBGEMM: the class TorchRec translates, and the kernel that must come of it. TorchRec's own
 # classes only carry settings, whatever FBGEMM calls them.
@@ -212,248 +205,6 @@ def _asked(found: FusedTable, table: TableConfig) -> FusedTable:
     )
 
 
-class JoinedOptimizer(CombinedOptimizer):
-    """TorchRec's `CombinedOptimizer` that also knows its parts and the routing it was built from.
-
-    Args:
-        parts: keyed optimizers by name: ``tables`` (fused), ``muon`` or ``matrices``, and ``adamw``.
-        routing: which parameter went where, and why.
-    """
-
-    def __init__(self, parts: Mapping[str, KeyedOptimizer], routing: Sequence[Assignment]) -> None:
-        # The fused part keeps TorchRec's own keys, so that existing checkpoints of tables load.
-        super().__init__([("" if name == "tables" else name, part) for name, part in parts.items()])
-        self.parts = dict(parts)
-        self._base_lrs = {name: [float(group["lr"]) for group in part.param_groups] for name, part in parts.items()}
-        self.routing = list(routing)
-
-    @property
-    def state(self) -> Mapping[torch.Tensor, Any]:
-        """State by parameter; a rank has none of the momentum that another rank owns."""
-        return {parameter: state for parameter, state in super().state.items() if state}
-
-    # So that a `torch.amp.GradScaler` hands its scale over, before it calls `step`.
-    _step_supports_amp_scaling = True
-
-    def _refuse_scale(self, _: object) -> None:
-        raise ValueError(
-            "a GradScaler scales the loss, and the fused tables have taken the scaled gradients in the backward pass; "
-            "train in bf16 without a scaler: torch.autocast(device_type, torch.bfloat16) around the forward pass"
-        )
-
-    grad_scale = property(fset=_refuse_scale)
-
-    def scale_lr(self, part: str, factor: float) -> None:
-        """Set a part's rates to ``factor`` times those it was built with.
-
-        Those of the tables reach FBGEMM with the next `zero_grad` or `step`.
-        """
-        for group, lr in zip(self.parts[part].param_groups, self._base_lrs[part], strict=True):
-            group["lr"] = factor * lr  # type: ignore[index]
-
-    @property
-    def grad_norm(self) -> float | None:
-        """Global norm of the last step's gradients of the parameters AdamW updates, before clipping."""
-        part = self.parts.get("adamw")
-        return part.grad_norm if isinstance(part, DenseOptimizer) else None
-
-
-class AccumulatedStep:
-    """What a train pipeline takes for its optimizer: gradients are cleared before the first and used after the last
-    micro-batch of a step.
-
-    DDP reduces the gradients with the last micro-batch, if `shard_model` was told that there are several. FSDP2 reduces
-    them with each, since it holds whole gradients until it does.
-    """
-
-    def __init__(self, optimizer: JoinedOptimizer, model: DistributedModelParallel) -> None:
-        self._optimizer = optimizer
-        wrapped = model._dmp_wrapped_module
-        # A static graph is recorded by the first backward pass, which must reduce. Reducing every micro-batch of the
-        # first step alone would do, but a resumed run would not repeat the rounding of the one that was not stopped.
-        is_apart = isinstance(wrapped, DistributedDataParallel) and not wrapped.static_graph
-        self._unreduced: Callable[[], AbstractContextManager[None]] = wrapped.no_sync if is_apart else nullcontext
-        self._is_first = self._is_last = True
-
-    def over(self, micro_steps: range) -> Iterator[int]:
-        """Yield the micro-batches of one step."""
-        for micro_step in micro_steps:
-            self._is_first, self._is_last = micro_step == micro_steps[0], micro_step == micro_steps[-1]
-            with nullcontext() if self._is_last else self._unreduced():
-                yield micro_step
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        if self._is_first:
-            self._optimizer.zero_grad(set_to_none=set_to_none)
-
-    def step(self) -> None:
-        if self._is_last:
-            self._optimizer.step()
-
-
-class DenseOptimizer(KeyedOptimizerWrapper):
-    """A torch optimizer under TorchRec's keys, whose state exists from construction and whose step clips.
-
-    The norm is taken over the parameters of this optimizer alone: Muon does not depend on the scale of a gradient, and
-    the fused tables are updated before any norm is known. Under FSDP2 it is the norm over all shards.
-
-    Args:
-        parameters: by name.
-        make: the optimizer of ``(name, parameter)`` pairs.
-        max_grad_norm: clip to this norm; None to leave the gradients alone.
-    """
-
-    def __init__(
-        self,
-        parameters: Mapping[str, torch.Tensor],
-        make: Callable[[list[tuple[str, torch.Tensor]]], torch.optim.Optimizer],
-        *,
-        max_grad_norm: float | None = None,
-    ) -> None:
-        super().__init__(dict(parameters), lambda named: make(list(named.items())), pass_params_dict=True)  # type: ignore[arg-type]
-        self.max_grad_norm = max_grad_norm
-        self.grad_norm: float | None = None
-
-    def step(self, closure: Any = None) -> None:
-        if self.max_grad_norm is not None:
-            gradients = [p.grad for p in self.params.values() if p.grad is not None]
-            norm = torch.nn.utils.get_total_norm(gradients)
-            if hasattr(norm, "full_tensor"):
-                norm = norm.full_tensor()
-            torch.nn.utils.clip_grads_with_norm_(self.params.values(), self.max_grad_norm, norm)
-            self.grad_norm = float(norm)
-        super().step(closure)
-
-    def init_state(self, sparse_grad_parameter_names: set[str] | None = None) -> None:
-        """Nothing to do: the state exists. TorchRec's would step with zero gradients, and decay the weights."""
-
-
-def build_optimizer(
-    model: DistributedModelParallel,
-    *,
-    muon: Mapping[str, Any] | None,
-    adamw: Mapping[str, Any],
-    matrices: Mapping[str, Any] | None = None,
-    overrides: Sequence[tuple[str, str]] = (),
-    max_grad_norm: float | None = None,
-) -> JoinedOptimizer:
-    """One optimizer for a sharded model: fused tables, Muon (or AdamW) on the tower's matrices, AdamW on the rest.
-
-    A real `CombinedOptimizer`: TorchRec's train pipelines, schedulers and DCP take it as it is. Every rank must
-    call it.
-
-    Args:
-        model: sharded, its tables with an optimizer in the backward pass.
-        muon: arguments of `DistributedMuon` for the matrices; None for AdamW there.
-        adamw: arguments of `torch.optim.AdamW` for everything else.
-        matrices: with ``muon=None``, arguments of the AdamW that updates the matrices.
-        overrides: ordered ``(pattern, "muon" | "adamw")``; the first that matches a name wins.
-        max_grad_norm: of AdamW's parameters, see `DenseOptimizer`.
-
-    Raises:
-        ValueError: a pattern that matches nothing or a table, neither or both of ``muon`` and ``matrices``, or a table
-            that the backward pass does not train, or trains by an optimizer that nobody chose.
-    """
-    if (muon is None) == (matrices is None):
-        raise ValueError(
-            "give the matrices one optimizer: either muon=dict(lr=...) or muon=None, matrices=dict(lr=...)"
-        )
-    for table in fused_tables(model):
-        if table.optimizer == NOT_FUSED:
-            raise ValueError(
-                f"table {table.name!r} has a dense kernel, which the backward pass does not train, and Muon and AdamW "
-                "are not for tables; give the planner ParameterConstraints(sharding_types=['row_wise', 'table_wise', "
-                "'column_wise'], compute_kernels=['fused']) for it"
-            )
-        if table.optimizer == NOT_ASKED:
-            raise ValueError(
-                f"table {table.name!r} was sharded without an optimizer, so FBGEMM would train it by its default, SGD "
-                f"at {table.lr:g}; call apply_optimizer_in_backward on it before DistributedModelParallel, or give the "
-                "sharder fused_params with 'optimizer' and 'learning_rate'"
-            )
-    routing = explain(model, overrides=overrides)
-    dense = dict(in_backward_optimizer_filter(model.named_parameters()))
-    twice = [a.name for a in routing if a.optimizer != "sparse" and a.name not in dense]
-    if twice:
-        raise ValueError(
-            f"an override gives {twice} to a dense optimizer, but that of their table trains them already; write "
-            "patterns that match no table"
-        )
-    routed = {where: {a.name: dense[a.name] for a in routing if a.optimizer == where} for where in ("muon", "adamw")}
-    splits = {a.name: a.split for a in routing if a.split is not None}
-
-    parts: dict[str, KeyedOptimizer] = {"tables": _table_optimizer(model)}
-    if routed["muon"] and muon is not None:
-        parts["muon"] = DenseOptimizer(routed["muon"], lambda named: DistributedMuon(named, splits=splits, **muon))
-    elif routed["muon"]:
-        # The table that is printed must say what happens: these matrices have an AdamW, with rates of their own.
-        routing = [
-            dataclasses.replace(a, optimizer="adamw", split=None, reason=f"{a.reason}; in the group of matrices")
-            if a.optimizer == "muon"
-            else a
-            for a in routing
-        ]
-        parts["matrices"] = DenseOptimizer(routed["muon"], lambda named: _adamw(named, **(matrices or {})))
-    if routed["adamw"]:
-        parts["adamw"] = DenseOptimizer(
-            routed["adamw"], lambda named: _adamw(named, **adamw), max_grad_norm=max_grad_norm
-        )
-    return JoinedOptimizer(parts, routing)
-
-
-def explain(
-    model: DistributedModelParallel | JoinedOptimizer, *, overrides: Sequence[tuple[str, str]] = ()
-) -> list[Assignment]:
-    """Which optimizer updates each trainable parameter, in which blocks and why; `format_routing` prints it.
-
-    Args:
-        model: a sharded model (a dry run), or an optimizer that `build_optimizer` made.
-        overrides: as in `build_optimizer`.
-    """
-    if isinstance(model, JoinedOptimizer):
-        return model.routing
-    whole = {name: tuple(value.size()) for name, value in model.state_dict().items()}
-    return [
-        # A rank sees its own rows of a table under the table's name.
-        dataclasses.replace(assignment, shape=whole[assignment.name])
-        if assignment.optimizer == "sparse"
-        else assignment
-        for assignment in param_groups(model.module, rules=(table_rule(model.module),), overrides=overrides)
-    ]
-
-
-def table_rule(model: nn.Module) -> Callable[[nn.Module, str], Role | None]:
-    """Role rule for `muonrec.optim.param_groups`: the parameters of ``model``'s tables belong to the sparse optimizer.
-
-    Told by identity: a table of any kernel is below a sharded or unsharded embedding collection, whatever its shape.
-    """
-    tables = {
-        id(parameter)
-        for module in model.modules()
-        if isinstance(module, ShardedEmbeddingModule | EmbeddingCollection | EmbeddingBagCollection)
-        for parameter in module.parameters()
-    }
-
-    def rule(module: nn.Module, parameter_name: str) -> Role | None:
-        if id(getattr(module, parameter_name)) in tables:
-            return Role("sparse", "rows of a table, updated by the optimizer of the table")
-        return None
-
-    return rule
-
-
-def _adamw(named: list[tuple[str, torch.Tensor]], **settings: Any) -> torch.optim.AdamW:
-    optimizer = torch.optim.AdamW([p for _, p in named], **settings)
-    # State exists from construction: DCP gathers keys collectively and loads in place.
-    for parameter in optimizer.param_groups[0]["params"]:
-        optimizer.state[parameter] = {
-            "step": torch.tensor(0.0),
-            "exp_avg": torch.zeros_like(parameter),
-            "exp_avg_sq": torch.zeros_like(parameter),
-        }
-    return optimizer
-
-
 def _table_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     for module in model.modules():
         if isinstance(module, EmbeddingCollection):
@@ -462,7 +213,7 @@ def _table_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
             yield from ((name, table.weight) for name, table in module.embedding_bags.items())
 
 
-def _table_optimizer(model: DistributedModelParallel) -> KeyedOptimizer:
+def table_optimizer(model: DistributedModelParallel) -> KeyedOptimizer:
     """What TorchRec has fused, our row-wise Adam beside it, and the step count of every Adam in its state."""
     parts: list[tuple[str, KeyedOptimizer]] = [("", model.fused_optimizer)]
     for path, kernel in _kernels(model.module):

@@ -145,7 +145,8 @@ class FSDP2Wrapper(DataParallelWrapper):
     As under DDP, all ranks start from the weights of the first, whatever their seeds.
 
     Args:
-        mesh: 1-D device mesh; None for all ranks.
+        mesh: 1-D device mesh, or 2-D for HSDP: replicated along its first dim, sharded along its second; None for one
+            dim of all ranks.
         blocks: names of submodules that are gathered one at a time; None for the children of every `nn.ModuleList`.
     """
 
@@ -155,18 +156,27 @@ class FSDP2Wrapper(DataParallelWrapper):
 
     def wrap(self, dmp: DistributedModelParallel, env: ShardingEnv, device: torch.device) -> None:
         root = dmp._dmp_wrapped_module
-        mesh = self._mesh or init_device_mesh(device.type, (env.world_size,), mesh_dim_names=("dp_shard",))
+        # Not env.world_size, which counts the ranks that share tables: under 2D parallelism these are a part of all.
+        num_ranks = dist.get_world_size(env.process_group)
+        mesh = self._mesh or init_device_mesh(device.type, (num_ranks,), mesh_dim_names=("dp_shard",))
         sharded = [module for module in root.modules() if isinstance(module, ShardedModule)]
         # Ranks hold different tables: gathering these would hang.
         ignored = {value for module in sharded for value in (*module.parameters(), *module.buffers())}
         for value in (*root.parameters(), *root.buffers()):
-            if value not in ignored and mesh.size() > 1:
+            if value not in ignored:
                 # Otherwise shards of different initialisations would be stitched together.
-                dist.broadcast(value.detach(), src=dist.get_global_rank(mesh.get_group(), 0), group=mesh.get_group())
+                _broadcast_over(mesh, value.detach())
         blocks = self._blocks if self._blocks is not None else list_children(root)
         for name in sorted(blocks, key=lambda name: -name.count(".")):  # inner ones before those that hold them
             fully_shard(root.get_submodule(name), mesh=mesh)
         fully_shard(root, mesh=mesh, ignored_params=ignored & set(root.parameters()))
+
+
+def _broadcast_over(mesh: DeviceMesh, value: torch.Tensor) -> None:
+    """Give all ranks of a mesh what its first one holds: along one dim after the other."""
+    for group in mesh.get_all_groups():
+        if dist.get_world_size(group) > 1:
+            dist.broadcast(value, src=dist.get_global_rank(group, 0), group=group)
 
 
 def list_children(root: nn.Module) -> list[str]:

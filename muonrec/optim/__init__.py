@@ -3,7 +3,7 @@
 from muonrec.optim.distributed_muon import DistributedMuon
 from muonrec.optim.muon import Muon
 from muonrec.optim.newton_schulz import JORDAN_COEFFICIENTS, orthogonalize
-from muonrec.optim.param_groups import Assignment, Role, format_routing, param_groups
+from muonrec.optim.param_groups import Assignment, Role, RoleRule, Routing, format_routing, param_groups
 from muonrec.optim.schedule import SCHEDULES, Schedule
 from muonrec.optim.update import Split
 
@@ -14,6 +14,8 @@ __all__ = [
     "DistributedMuon",
     "Muon",
     "Role",
+    "RoleRule",
+    "Routing",
     "Schedule",
     "Split",
     "format_routing",

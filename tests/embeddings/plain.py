@@ -9,7 +9,8 @@ from torchrec.modules.embedding_configs import EmbeddingConfig
 from torchrec.modules.embedding_modules import EmbeddingCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from muonrec.embeddings.fused import build_optimizer, check_tables
+from muonrec.embeddings.fused import check_tables
+from muonrec.embeddings.joined import build_optimizer
 from muonrec.embeddings.sharding import shard_model
 from muonrec.embeddings.tables import TableConfig
 from muonrec.mesh import Ranks

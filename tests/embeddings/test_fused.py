@@ -7,7 +7,7 @@ from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
 from muonrec.batch import CANDIDATES, HISTORY, TARGETS
 from muonrec.data.loader import make_batch
-from muonrec.embeddings.fused import explain
+from muonrec.embeddings.joined import explain
 from muonrec.models import ShardedEncoder
 from tests.distributed.ranks import run_on_ranks
 from tests.embeddings.test_sharding import batches_of, joined, sharded, whole

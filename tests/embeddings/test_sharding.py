@@ -8,7 +8,8 @@ from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
 from muonrec.data.candidates import CandidateSampler
 from muonrec.data.loader import TrainingBatches
-from muonrec.embeddings.fused import build_optimizer, check_tables, fuse_optimizers, fused_tables
+from muonrec.embeddings.fused import check_tables, fuse_optimizers, fused_tables
+from muonrec.embeddings.joined import build_optimizer
 from muonrec.embeddings.sharding import format_plan, make_plan, shard_model
 from muonrec.embeddings.tables import TableConfig, initialize_tables
 from muonrec.losses import NextItemLoss

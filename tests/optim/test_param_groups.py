@@ -174,3 +174,34 @@ def test_the_routing_reads_as_a_table():
         "qkv.out_proj.weight  4 x 4   muon                   linear layer",
         "norm.weight          4       adamw                  gain or bias of a norm",
     ]
+
+
+def test_a_layer_is_no_head_if_another_takes_in_what_it_gives():
+    first = nn.Linear(13, 512, bias=False)
+    assert _optimizers(nn.Sequential(first))["0.weight"] == "adamw"
+    assert _optimizers(nn.Sequential(first, nn.ReLU(), nn.Linear(512, 64, bias=False)))["0.weight"] == "muon"
+    layer = nn.TransformerEncoderLayer(16, 2)  # 2048 wide by default
+    assert _optimizers(layer)["linear1.weight"] == "muon"
+
+
+def test_a_role_as_override_brings_its_own_blocks():
+    role = Role("muon", "two experts", Split(0, (2, 6)))
+    routing = _routing(nn.Linear(4, 8), overrides=[("weight", role)])
+    assert (routing["weight"].split, routing["weight"].reason) == (role.split, "two experts")
+    with pytest.raises(ValueError, match=r"the split of 'weight' has sizes \(3,\)"):
+        param_groups(nn.Linear(4, 8), overrides=[("weight", Role("muon", "", Split(0, (3,))))])
+
+
+def test_layers_that_repeat_are_folded_and_unfold_for_a_search():
+    model = nn.Sequential(*(nn.Linear(4, 4, bias=False) for _ in range(12)), nn.Linear(4, 2, bias=False))
+    routing = param_groups(model)
+    folded = str(routing).splitlines()
+    assert [line.split()[0] for line in folded[2:]] == ["{0..11}.weight", "12.weight"]
+    assert len(format_routing(routing, fold=False).splitlines()) == 2 + 13
+
+
+def test_numbers_that_do_not_follow_each_other_are_not_folded():
+    model = nn.ModuleDict({f"blocks{i}": nn.ModuleDict({str(i): nn.Linear(4, 4, bias=False)}) for i in (0, 2)})
+    model["last"] = nn.ModuleDict({str(i): nn.Linear(4, 4, bias=False) for i in (0, 1, 3)})
+    names = [line.split()[0] for line in str(param_groups(model)).splitlines()[2:]]
+    assert names == ["blocks0.0.weight", "blocks2.2.weight", "last.0.weight", "last.1.weight", "last.3.weight"]

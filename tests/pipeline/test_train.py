@@ -19,7 +19,8 @@ from muonrec.checkpoint.marker import MARKER, record_files, write_marker
 from muonrec.checkpoint.weights import local_pieces
 from muonrec.config import load_config
 from muonrec.data.synthetic import SyntheticSource
-from muonrec.embeddings.fused import AccumulatedStep, fused_tables
+from muonrec.embeddings.fused import fused_tables
+from muonrec.embeddings.joined import AccumulatedStep
 from muonrec.losses import NextItemLoss
 from muonrec.mesh import Ranks
 from muonrec.models import SASRec, SASRecConfig

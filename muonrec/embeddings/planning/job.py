@@ -15,7 +15,7 @@ from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
 from muonrec.embeddings.comms import CommsConfig
 from muonrec.embeddings.constraints import NOT_FOR_TABLES
-from muonrec.embeddings.fused import table_rule
+from muonrec.embeddings.roles import role_rules
 from muonrec.embeddings.sharding import DenseSharding, list_children
 from muonrec.embeddings.tables import TableConfig, table_configs
 from muonrec.optim import param_groups
@@ -225,7 +225,7 @@ def describe_job(
     if unknown or not found:
         raise ValueError(f"tables of the model: {[table.name for table in found]}; settings for no table: {unknown}")
 
-    assignments = param_groups(model, rules=(table_rule(model),), overrides=overrides)
+    assignments = param_groups(model, rules=role_rules(model), overrides=overrides)
     parameters = dict(model.named_parameters())
     units = sorted(list_children(model), key=len, reverse=True)
     dense = []

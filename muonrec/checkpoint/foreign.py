@@ -1,0 +1,133 @@
+"""Checkpoints that other people's TorchRec code wrote through DCP, for a run that goes on with muonrec's optimizer."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint._nested_dict import flatten_state_dict
+from torchrec.optim.keyed import CombinedOptimizer
+
+from muonrec.checkpoint import _dcp, together
+from muonrec.checkpoint.contents import TensorPlanner
+from muonrec.checkpoint.weights import differences
+
+logger = logging.getLogger(__name__)
+
+
+class Adopted(NamedTuple):
+    """State of an optimizer on this rank after `adopt_checkpoint`: what was found, and what starts anew; sorted."""
+
+    kept: list[str]
+    fresh: list[str]
+
+
+def adopt_checkpoint(
+    folder: str | Path,
+    model: nn.Module,
+    optimizer: CombinedOptimizer,
+    *,
+    model_key: str = "model",
+    optimizer_key: str = "opt",
+) -> Adopted:
+    """Go on from a checkpoint that was trained by another optimizer, usually AdamW everywhere above the tables.
+
+    Reads ``dcp.save({"model": dmp.state_dict(), "opt": optimizer.state_dict()})`` of any number of ranks. Weights are
+    all loaded. State is loaded for every parameter whose optimizer keeps the same: that of the tables, AdamW's two
+    averages and steps where AdamW stays, the momentum where the old one was a Muon too. The rest, Muon's momentum as a
+    rule, starts at zero and is logged: at 0.95 the average has 64 % of its weight from new gradients after 20 steps.
+
+    Every rank must call it. Rates are not loaded, and of other entries nothing. The metadata is read by DCP itself,
+    which unpickles it: load what you trust.
+
+    Args:
+        folder: of the checkpoint.
+        model: sharded in any way.
+        optimizer: of `muonrec.build_optimizer`.
+        model_key: under which the model's state dict was saved.
+        optimizer_key: under which the optimizer's was. Whatever name it gave to its dense part is found out.
+
+    Raises:
+        ValueError: a weight is missing, or anything is of another size; on every rank.
+        OSError: the checkpoint cannot be read; on every rank.
+    """
+    folder = Path(folder)
+    there = together(lambda: _sizes(folder))
+    nested_model, nested_optimizer = model.state_dict(), optimizer.state_dict()
+    wanted: dict[str, torch.Tensor] = {f"{model_key}.{k}": v for k, v in flatten_state_dict(nested_model)[0].items()}
+    kept: list[str] = []
+    fresh: list[str] = []
+    for keys in _state_by_part(optimizer, nested_optimizer):
+        prefix = _prefix_of(keys, there, optimizer_key)
+        for key, (ours, tensor) in keys.items():
+            theirs = f"{optimizer_key}.state.{prefix}{key}"
+            (kept if theirs in there else fresh).append(ours)
+            if theirs in there:
+                wanted[theirs] = tensor
+
+    together(lambda: _check(folder, wanted, there))
+    with _dcp(f"{folder} could not be read"):
+        dcp.load({**wanted}, storage_reader=FileSystemReader(folder), planner=TensorPlanner())
+    model.load_state_dict(nested_model)
+    optimizer.load_state_dict(nested_optimizer)
+    kept, fresh = sorted(kept), sorted(fresh)
+    logger.info("%s: all weights and %d tensors of optimizer state loaded", folder, len(kept))
+    if fresh:
+        logger.warning(
+            "%s holds no state for %d tensors, which start at zero: %s", folder, len(fresh), ", ".join(fresh)
+        )
+    return Adopted(kept, fresh)
+
+
+def _sizes(folder: Path) -> dict[str, list[int]]:
+    try:
+        metadata = FileSystemReader(folder).read_metadata()
+    except FileNotFoundError as error:
+        raise OSError(f"{folder} holds no .metadata, hence no checkpoint of DCP: {error}") from error
+    return {key: list(entry.size) for key, entry in metadata.state_dict_metadata.items() if hasattr(entry, "size")}
+
+
+def _state_by_part(
+    optimizer: CombinedOptimizer, nested: Mapping[str, Any]
+) -> Iterator[dict[str, tuple[str, torch.Tensor]]]:
+    """For each part, our whole key and the tensor by the key without the part's name."""
+    for part, keyed in optimizer.optimizers:
+        names = {CombinedOptimizer.prepend_opt_key(name, part): name for name in keyed.params}
+        yield {
+            f"{names[whole]}.{leaf}": (f"{whole}.{leaf}", tensor)
+            for whole, state in nested["state"].items()
+            if whole in names
+            for leaf, tensor in flatten_state_dict(state)[0].items()
+            if isinstance(tensor, torch.Tensor)
+        }
+
+
+def _prefix_of(keys: Collection[str], there: Collection[str], optimizer_key: str) -> str:
+    """What their optimizer puts before the names of these parameters; the most frequent, as names end alike."""
+    start = f"{optimizer_key}.state."
+    found = Counter(
+        their_key[len(start) : -len(key)]
+        for their_key in there
+        if their_key.startswith(start)
+        for key in keys
+        if their_key.endswith(key)
+    )
+    whole = {prefix: count for prefix, count in found.items() if not prefix or prefix.endswith(".")}
+    return max(whole, key=lambda prefix: (whole[prefix], -len(prefix)), default="")
+
+
+def _check(folder: Path, wanted: Mapping[str, torch.Tensor], there: Mapping[str, list[int]]) -> None:
+    here = {key: list(tensor.size()) for key, tensor in wanted.items()}
+    theirs = {key: there[key] for key in here if key in there}
+    if theirs != here:
+        raise ValueError(
+            f"{folder} is of another model: {differences(theirs, here)}; it must hold every weight, and row statistics "
+            "of column-wise tables must be loaded under the sharding they were saved with"
+        )
