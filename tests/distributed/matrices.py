@@ -28,8 +28,13 @@ SHAPES = {
     "kernel_2d": (4, 3, 3, 2),
     "qkv": (15, 6),
     "uvqk": (6, 14),
+    "kernel_in_blocks": (3, 6, 2),
 }
-SPLITS = {"qkv": Split(0, (5, 5, 5)), "uvqk": Split(1, (2, 3, 4, 5), transposed=True)}
+SPLITS = {
+    "qkv": Split(0, (5, 5, 5)),
+    "uvqk": Split(1, (2, 3, 4, 5), transposed=True),
+    "kernel_in_blocks": Split(1, (4, 8)),
+}
 
 
 def split_of(names):

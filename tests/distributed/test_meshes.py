@@ -11,6 +11,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.distributed.tensor.placement_types import _StridedShard
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from muonrec.optim import DistributedMuon, Muon
 from muonrec.optim.layout import Layout, Mesh, placing_of
@@ -80,6 +81,10 @@ def test_every_rank_holds_what_torch_says(num_ranks):
 # Training -------------------------------------------------------------------------------------------------------------
 
 
+# Blocks of other shapes have other rates, so that a shard must know where in its matrix it lies.
+SECOND_GROUP = {"nesterov": False, "adjust_lr_fn": "spectral_unclamped"}
+
+
 def _optimizer(layouts, dtype=torch.float32, **settings):
     """Every shape in every layout, in two groups."""
     params = {
@@ -88,7 +93,7 @@ def _optimizer(layouts, dtype=torch.float32, **settings):
         for shape in SHAPES
     }
     named = list(params.items())
-    groups = [{"params": named[::2]}, {"params": named[1::2], "lr": 2e-3, "nesterov": False}]
+    groups = [{"params": named[::2]}, {"params": named[1::2], **SECOND_GROUP}]
     return params, DistributedMuon(groups, splits=split_of(params), **settings)
 
 
@@ -102,7 +107,7 @@ def _set_gradients(params, layouts, step, dtype=torch.float32, missing=()):
 def _plain(num_ranks, gradients=tensor_of, num_steps=5):
     names = [f"{layout}/{shape}" for layout in LAYOUTS[num_ranks] for shape in SHAPES]
     params, buffers = {}, {}
-    for start, settings in enumerate(({}, {"lr": 2e-3, "nesterov": False})):
+    for start, settings in enumerate(({}, SECOND_GROUP)):
         some = train_plainly({"ns_dtype": torch.float32, **settings}, gradients, num_steps, names[start::2])
         params, buffers = params | some[0], buffers | some[1]
     return params, buffers
@@ -175,6 +180,55 @@ def test_bfloat16_parameters_train_alike_in_every_layout_and_twice_to_the_bit():
             # Parameters of about 1 to 4 are rounded to 2^-8 of themselves when they are made and at each step.
             torch.testing.assert_close(params[f"ddp/{shape}"].float(), expected[f"ddp/{shape}"], atol=0.05, rtol=0.02)
             assert params[f"copies/{shape}"].isfinite().all()
+
+
+# What travels ---------------------------------------------------------------------------------------------------------
+
+
+def _bytes_of_one_step(layout, num_matrices):
+    """What this rank packs for others and itself in a step, by collective, of 64 x 64 matrices."""
+    gradient = torch.ones(64, 64)
+    params = {f"layer{i}": nn.Parameter(laid_out(gradient, layout)) for i in range(num_matrices)}
+    optimizer = DistributedMuon(params.items())
+    for param in params.values():
+        param.grad = laid_out(gradient, layout)
+    sent = []
+
+    class Counting(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            name = function.name().removeprefix("c10d::")
+            if name in ("alltoall_base_", "_allgather_base_"):
+                sent.append((name, args[1].numel() * args[1].element_size()))
+            return function(*args, **(kwargs or {}))
+
+    with Counting():
+        optimizer.step()
+    return sent, [m.owner for m in optimizer._matrices]
+
+
+WHOLE = 64 * 64 * 2  # bytes in bfloat16
+
+
+@pytest.mark.parametrize("num_matrices", [1, 2])
+def test_a_replicated_update_is_packed_once_however_many_ranks_there_are(num_matrices):
+    for rank, (sent, owners) in enumerate(run_on_ranks(8, _bytes_of_one_step, None, num_matrices)):
+        own = WHOLE if rank in owners else 0
+        assert sent == [("alltoall_base_", own), ("_allgather_base_", num_matrices * WHOLE // 8)]
+
+
+@pytest.mark.parametrize("layout", ["fsdp", "hsdp", "fsdp_and_tp"])
+def test_each_part_travels_to_its_owner_once_and_back_to_every_copy(layout):
+    copies = 2 if layout == "hsdp" else 1
+    results = run_on_ranks(8, _bytes_of_one_step, LAYOUTS[8][layout], 8)
+    for sent, owners in results:
+        assert sorted(owners) == list(range(8))
+        # All are in one bucket. A rank keeps what it has of its own matrix.
+        (to_owners, num_bytes), (from_owners, num_bytes_back) = sent
+        assert to_owners == from_owners == "alltoall_base_"
+        assert num_bytes_back == copies * WHOLE - WHOLE * copies // 8
+        assert num_bytes <= WHOLE
+    # Of 8 matrices all but the part that the owner holds has to come to it, from one copy.
+    assert sum(sent[0][1] for sent, _ in results) == 8 * (WHOLE - WHOLE * copies // 8)
 
 
 # Missing gradients ----------------------------------------------------------------------------------------------------
