@@ -288,7 +288,7 @@ class DistributedMuon(Muon):
 
     def _send_to_owners(self, plan: ToOwners) -> tuple[dict[str, Tensor], Pending | None]:
         """Advance what momentum can be, and send it; returns what is ready to be orthogonalized, by name."""
-        ready = {m.name: self._advance_momentum(m, m.param.grad) for m in plan.advanced}
+        ready = self._advance_momenta([(m, m.param.grad) for m in plan.advanced])
         if plan.exchange is None:
             return ready, None
         lent = [as_matrix(_local(m.param.grad)) for m in plan.lent if m.param.grad is not None]
@@ -299,10 +299,10 @@ class DistributedMuon(Muon):
     ) -> dict[str, Tensor]:
         """The whole orthogonalized updates of the matrices that this rank owns, by name."""
         arrived = gather.wait() if gather is not None else []
-        for m, grad in zip(plan.borrowed, arrived, strict=False):
-            ready[m.name] = self._advance_momentum(m, grad)
+        num_borrowed = len(plan.borrowed)
+        ready |= self._advance_momenta(list(zip(plan.borrowed, arrived[:num_borrowed], strict=True)))
         parts: dict[str, list[tuple[Part, Tensor]]] = {m.name: [] for m, _ in plan.owned}
-        for (m, part), update in zip(plan.arriving, arrived[len(plan.borrowed) :], strict=True):
+        for (m, part), update in zip(plan.arriving, arrived[num_borrowed:], strict=True):
             parts[m.name].append((part, update))
         for m, own in plan.owned:
             if own is not None:
@@ -334,13 +334,17 @@ class DistributedMuon(Muon):
                     **step_settings(self.param_groups[m.group_index], m.name, m.param.shape),
                 )
 
-    def _advance_momentum(self, m: Matrix, grad: Tensor | None) -> Tensor:
-        """Average one more gradient in, of a shard or of the whole; returns what is to be orthogonalized."""
-        group = self.param_groups[m.group_index]
-        buffer = _local(self.state[m.param]["momentum_buffer"])
-        local_grad = torch.zeros_like(buffer) if grad is None else _local(grad).view_as(buffer)
-        update_momentum_(buffer, local_grad, group["momentum"])
-        return as_matrix(look_ahead(buffer, local_grad, momentum=group["momentum"], nesterov=group["nesterov"]))
+    def _advance_momenta(self, grads: Sequence[tuple[Matrix, Tensor | None]]) -> dict[str, Tensor]:
+        """Average one more gradient in, of parts or of wholes; returns what is to be orthogonalized, by name."""
+        updates = {}
+        for m, grad in grads:
+            group = self.param_groups[m.group_index]
+            buffer = _local(self.state[m.param]["momentum_buffer"])
+            local_grad = torch.zeros_like(buffer) if grad is None else _local(grad).view_as(buffer)
+            update_momentum_(buffer, local_grad, group["momentum"])
+            update = look_ahead(buffer, local_grad, momentum=group["momentum"], nesterov=group["nesterov"])
+            updates[m.name] = as_matrix(update)
+        return updates
 
     def _wire_dtype(self, m: Matrix) -> torch.dtype:
         ns_dtype = self.param_groups[m.group_index]["ns_dtype"]
