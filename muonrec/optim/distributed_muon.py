@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
+from muonrec.optim.batching import orthogonalize_batched
 from muonrec.optim.exchange import Exchange, Incoming, Outgoing
 from muonrec.optim.muon import Muon, Params, newton_schulz_settings, step_settings
 from muonrec.optim.newton_schulz import JORDAN_COEFFICIENT, Coefficients
@@ -25,7 +26,6 @@ from muonrec.optim.update import (
     as_matrix,
     look_ahead,
     matrix_shape,
-    orthogonalize_batched,
     update_momentum_,
 )
 

@@ -167,7 +167,7 @@ class Muon(torch.optim.Optimizer):
 def newton_schulz_settings(group: Mapping[str, Any]) -> dict[str, Any]:
     """What of a parameter group goes into ``orthogonalize``."""
     return {
-        "coefficients": coefficients_per_step(group["ns_coefficients"], group["ns_steps"]),
+        "coefficients": tuple(coefficients_per_step(group["ns_coefficients"], group["ns_steps"])),
         "eps": group["eps"],
         "dtype": group["ns_dtype"],
     }

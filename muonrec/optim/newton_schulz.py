@@ -52,19 +52,37 @@ def orthogonalize(
 
     # The Gram matrix is taken on the short side: fewer operations, and never rank deficient by shape alone.
     is_tall = update_RC.shape[-2] > update_RC.shape[-1]
-    x_RC = update_RC.to(dtype)
-    x_RC = x_RC.mT if is_tall else x_RC
-    # The Frobenius norm bounds the spectral norm, and the iteration needs singular values of at most 1. Divided out of
-    # place: .to() may have returned the caller's own tensor (torch 2.13's Muon normalizes its momentum this way).
-    norm = x_RC.norm() if x_RC.ndim == 2 else torch.linalg.vector_norm(x_RC, dim=(-2, -1), keepdim=True)
-    x_RC = x_RC / norm.clamp(min=eps)
-
-    for a, b, c in coefficients:
-        gram_RR = x_RC @ x_RC.mT
-        polynomial_RR = _addmm(gram_RR, gram_RR, gram_RR, beta=b, alpha=c)
-        x_RC = _addmm(x_RC, polynomial_RR, x_RC, beta=a, alpha=1.0)
-
+    x_RC = update_RC.to(dtype, copy=True)
+    x_RC = iterate_(x_RC.mT if is_tall else x_RC, coefficients, eps)
     return (x_RC.mT if is_tall else x_RC).to(update_RC.dtype)
+
+
+def iterate_(x_RC: Tensor, coefficients: Sequence[Coefficients], eps: float) -> Tensor:
+    """Normalize and iterate in the dtype of ``x_RC``, which is used up: its memory may or may not hold the result.
+
+    Args:
+        x_RC: ``[..., R, C]`` with ``R <= C``, of one or more elements.
+        coefficients: see ``orthogonalize``.
+        eps: see ``orthogonalize``.
+    """
+    # The Frobenius norm bounds the spectral norm, and the iteration needs singular values of at most 1.
+    norm = x_RC.norm() if x_RC.ndim == 2 else torch.linalg.vector_norm(x_RC, dim=(-2, -1), keepdim=True)
+    x_RC.div_(norm.clamp_(min=eps))
+
+    batch_shape = x_RC.shape[:-2]
+    multiply, multiply_add = (torch.mm, torch.addmm) if x_RC.ndim == 2 else (torch.bmm, torch.baddbmm)
+    x_RC = x_RC if x_RC.ndim <= 3 else x_RC.flatten(0, -3)
+    # The same buffers for all iterations: fresh memory for each product costs a third more (CPU, batch of 128 x 128).
+    gram_RR = x_RC.new_empty(*x_RC.shape[:-1], x_RC.shape[-2])
+    polynomial_RR, next_RC = torch.empty_like(gram_RR), x_RC.new_empty(x_RC.shape)
+    for a, b, c in coefficients:
+        multiply(x_RC, x_RC.mT, out=gram_RR)
+        multiply_add(gram_RR, gram_RR, gram_RR, beta=b, alpha=c, out=polynomial_RR)
+        multiply_add(x_RC, polynomial_RR, x_RC, beta=a, out=next_RC)
+        # A tall matrix on its side is no buffer to write to: products into columns round otherwise than torch's.
+        spare_RC = x_RC if x_RC.is_contiguous() else torch.empty_like(next_RC)
+        x_RC, next_RC = next_RC, spare_RC
+    return x_RC.reshape(*batch_shape, *x_RC.shape[-2:])
 
 
 def coefficients_per_step(
@@ -87,12 +105,3 @@ def coefficients_per_step(
         f"ns_coefficients is {ns_coefficients!r} with ns_steps={ns_steps}; "
         f"give one triple (a, b, c) for all steps, or a sequence of {ns_steps} triples"
     )
-
-
-def _addmm(input_RC: Tensor, left_RR: Tensor, right_RC: Tensor, *, beta: float, alpha: float) -> Tensor:
-    """``beta * input + alpha * left @ right`` for one matrix or a batch of them, in one kernel."""
-    if input_RC.ndim == 2:
-        return torch.addmm(input_RC, left_RR, right_RC, beta=beta, alpha=alpha)
-    batch_shape = input_RC.shape[:-2]
-    flat = [x.reshape(-1, *x.shape[-2:]) for x in (input_RC, left_RR, right_RC)]
-    return torch.baddbmm(*flat, beta=beta, alpha=alpha).reshape(*batch_shape, *input_RC.shape[-2:])

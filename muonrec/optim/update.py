@@ -4,10 +4,8 @@ Functions whose name ends in an underscore write to their first argument, the ot
 """
 
 import math
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -110,46 +108,6 @@ def orthogonalize_blocks(
     """Orthogonalize each block of one matrix by itself."""
     blocks = [orthogonalize(block, coefficients, eps, dtype) for block in update_RC.split(split.sizes, split.dim)]
     return blocks[0] if len(blocks) == 1 else torch.cat(blocks, split.dim)
-
-
-def orthogonalize_batched(
-    updates: Mapping[str, Tensor], splits: Mapping[str, Split], settings: Mapping[str, Mapping[str, Any]]
-) -> dict[str, Tensor]:
-    """``orthogonalize_blocks`` of many matrices, with blocks of equal shapes and settings in one batch.
-
-    Matrices of a recommender are small, and launching them one by one costs more than multiplying them.
-
-    Args:
-        updates: ``(R, C)`` by name. Not modified.
-        splits: by name.
-        settings: by name, the keyword arguments of ``orthogonalize``.
-    """
-    batches: dict[Any, list[tuple[str, int]]] = defaultdict(list)
-    blocks = {}
-    for name, update_RC in updates.items():
-        for i, block in enumerate(update_RC.split(splits[name].sizes, splits[name].dim)):
-            # Tall ones are laid on their side, as the iteration would do by itself, to share a batch with the wide.
-            wide = block.mT if block.shape[0] > block.shape[1] else block
-            blocks[name, i] = wide
-            batches[wide.shape, wide.dtype, str(settings[name])].append((name, i))
-
-    for keys in batches.values():
-        if len(keys) == 1:
-            # As a matrix, not as a batch of one: torch's Muon multiplies so, and equal bits are easier to debug.
-            blocks[keys[0]] = orthogonalize(blocks[keys[0]], **settings[keys[0][0]])
-        else:
-            batch = orthogonalize(torch.stack([blocks[key] for key in keys]), **settings[keys[0][0]])
-            blocks |= zip(keys, batch.unbind(), strict=True)
-
-    results = {}
-    for name, update_RC in updates.items():
-        split = splits[name]
-        shapes = split.shapes((update_RC.shape[0], update_RC.shape[1]))
-        upright = [
-            blocks[name, i].mT if rows > columns else blocks[name, i] for i, (rows, columns) in enumerate(shapes)
-        ]
-        results[name] = upright[0] if len(upright) == 1 else torch.cat(upright, split.dim)
-    return results
 
 
 def adjust_lr(lr: float, adjust_lr_fn: str | None, shape: tuple[int, int]) -> float:

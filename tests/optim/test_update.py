@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from muonrec.optim.batching import orthogonalize_batched
 from muonrec.optim.newton_schulz import JORDAN_COEFFICIENTS, orthogonalize
 from muonrec.optim.update import (
     Split,
@@ -13,7 +14,6 @@ from muonrec.optim.update import (
     as_matrix,
     look_ahead,
     matrix_shape,
-    orthogonalize_batched,
     orthogonalize_blocks,
     update_momentum_,
     whole,
