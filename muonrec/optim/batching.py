@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from muonrec.optim.newton_schulz import iterate_, orthogonalize
+from muonrec.optim.newton_schulz import Coefficients, iterate_, orthogonalize
 from muonrec.optim.ownership import newton_schulz_cost
 from muonrec.optim.update import Split
 
@@ -116,7 +116,10 @@ def plan_batches(shapes: tuple[Shape, ...], model: CostModel, itemsize: int, ste
 
 
 def orthogonalize_batched(
-    updates: Mapping[str, Tensor], splits: Mapping[str, Split], settings: Mapping[str, Mapping[str, Any]]
+    updates: Mapping[str, Tensor],
+    splits: Mapping[str, Split],
+    settings: Mapping[str, Mapping[str, Any]],
+    dtypes: Mapping[str, torch.dtype] | None = None,
 ) -> dict[str, Tensor]:
     """``orthogonalize_blocks`` of many matrices, in batches.
 
@@ -127,22 +130,23 @@ def orthogonalize_batched(
         updates: ``(R, C)`` by name, on one device. Not modified.
         splits: by name.
         settings: by name, the keyword arguments of ``orthogonalize``.
+        dtypes: by name, what to return; by default the dtype of the update.
 
     Returns:
-        ``(R, C)`` by name, dtype of the update. A matrix with a NaN is all NaN, and none beside it in its batch.
+        ``(R, C)`` by name. A matrix with a NaN is all NaN, and none beside it in its batch.
     """
     kinds: dict[Any, list[tuple[str, int]]] = {}
     blocks = {}
     for name, update_RC in updates.items():
         split = splits[name]
-        kind = (update_RC.dtype, update_RC.device.type, *settings[name].values())
+        kind = (update_RC.dtype if dtypes is None else dtypes[name], *settings[name].values())
         for i, block in enumerate(update_RC.split(split.sizes, split.dim) if len(split.sizes) > 1 else [update_RC]):
             # Tall ones are laid on their side, as the iteration would do by itself, to share a batch with the wide.
             blocks[name, i] = block.mT if block.shape[0] > block.shape[1] else block
             kinds.setdefault(kind, []).append((name, i))
 
-    for keys in kinds.values():
-        done = _orthogonalize_wide([blocks[key] for key in keys], **settings[keys[0][0]])
+    for (dtype, *_), keys in kinds.items():
+        done = _orthogonalize_wide([blocks[key] for key in keys], dtype, **settings[keys[0][0]])
         blocks.update(zip(keys, done, strict=True))
 
     results = {}
@@ -157,9 +161,13 @@ def orthogonalize_batched(
 
 
 def _orthogonalize_wide(
-    blocks: Sequence[Tensor], coefficients: Sequence[Any], eps: float, dtype: torch.dtype
+    blocks: Sequence[Tensor],
+    result_dtype: torch.dtype,
+    coefficients: Sequence[Coefficients],
+    eps: float,
+    dtype: torch.dtype,
 ) -> list[Tensor]:
-    """Orthogonalize matrices of one dtype and device, none of them tall."""
+    """Orthogonalize matrices of one device, none of them tall."""
     first = blocks[0]
     shapes = tuple((block.shape[0], block.shape[1]) for block in blocks)
     model = cost_model(first.device.type, dtype)
@@ -168,20 +176,15 @@ def _orthogonalize_wide(
         members = batch.members
         if len(members) == 1:
             # As a matrix, not as a batch of one: torch's Muon multiplies so, and equal bits are easier to debug.
-            results[members[0]] = orthogonalize(blocks[members[0]], coefficients, eps, dtype)
+            results[members[0]] = orthogonalize(blocks[members[0]], coefficients, eps, dtype).to(result_dtype)
             continue
         is_padded = any(shapes[i] != batch.shape for i in members)
         make = torch.zeros if is_padded else torch.empty
         x_BRC = make(len(members), *batch.shape, dtype=dtype, device=first.device)
-        places = (
-            [x_RC[: shapes[i][0], : shapes[i][1]] for i, x_RC in zip(members, x_BRC.unbind())]
-            if is_padded
-            else x_BRC.unbind()
-        )
-        torch._foreach_copy_(list(places), [blocks[i] for i in members])
-        done = iterate_(x_BRC, coefficients, eps).to(first.dtype).unbind()
-        for i, x_RC in zip(members, done):
-            results[i] = x_RC[: shapes[i][0], : shapes[i][1]] if is_padded else x_RC
+        torch._foreach_copy_(_places(x_BRC, batch, shapes), [blocks[i] for i in members])
+        done_BRC = iterate_(x_BRC, coefficients, eps).to(result_dtype)
+        for i, x_RC in zip(members, _places(done_BRC, batch, shapes), strict=True):
+            results[i] = x_RC
     return results
 
 

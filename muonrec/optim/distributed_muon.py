@@ -17,17 +17,10 @@ from torch.distributed.tensor import DTensor, Shard
 
 from muonrec.optim.batching import orthogonalize_batched
 from muonrec.optim.exchange import Exchange, Incoming, Outgoing
+from muonrec.optim.foreach import Placement, advance_momenta_, apply_updates_
 from muonrec.optim.muon import Muon, Params, newton_schulz_settings, step_settings
-from muonrec.optim.newton_schulz import JORDAN_COEFFICIENT, Coefficients
 from muonrec.optim.ownership import assign_owners, newton_schulz_cost, plan_hash, shard_range
-from muonrec.optim.update import (
-    Split,
-    apply_update_,
-    as_matrix,
-    look_ahead,
-    matrix_shape,
-    update_momentum_,
-)
+from muonrec.optim.update import Split, as_matrix, matrix_shape, normalize_neurons, update_dtype
 
 # R = rows, C = columns of a parameter taken as a matrix
 
@@ -88,8 +81,7 @@ class DistributedMuon(Muon):
 
     Args:
         params: ``(name, parameter)`` pairs, or groups of them.
-        lr, weight_decay, momentum, nesterov, ns_coefficients, eps, ns_steps, adjust_lr_fn, ns_dtype, splits: as in
-            ``Muon``.
+        settings, options: all that ``Muon`` takes, under the same names and in the same order.
         process_group: the ranks that share the work; by default all of them, or this process alone where
             ``torch.distributed`` is not initialized.
 
@@ -101,18 +93,9 @@ class DistributedMuon(Muon):
     def __init__(
         self,
         params: Params,
-        lr: float | Tensor = 1e-3,
-        weight_decay: float = 0.1,
-        momentum: float = 0.95,
-        nesterov: bool = True,
-        ns_coefficients: Sequence[float] | Sequence[Coefficients] = JORDAN_COEFFICIENT,
-        eps: float = 1e-7,
-        ns_steps: int = 5,
-        adjust_lr_fn: str | None = None,
-        *,
-        ns_dtype: torch.dtype = torch.bfloat16,
-        splits: Mapping[str, Split] | None = None,
+        *settings: Any,
         process_group: dist.ProcessGroup | None = None,
+        **options: Any,
     ) -> None:
         if process_group is None and dist.is_available() and dist.is_initialized():
             process_group = dist.group.WORLD
@@ -123,19 +106,7 @@ class DistributedMuon(Muon):
             raise ValueError(
                 "this rank is not in process_group; construct DistributedMuon on the ranks of the group alone"
             )
-        super().__init__(
-            params,
-            lr,
-            weight_decay,
-            momentum,
-            nesterov,
-            ns_coefficients,
-            eps,
-            ns_steps,
-            adjust_lr_fn,
-            ns_dtype=ns_dtype,
-            splits=splits,
-        )
+        super().__init__(params, *settings, **options)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Used by the constructor; later it is refused, since the owners are planned by then."""
@@ -160,6 +131,7 @@ class DistributedMuon(Muon):
             self.state[matrix.param] = {}
             if self._holds_momentum(matrix):
                 self.state[matrix.param]["momentum_buffer"] = torch.zeros_like(matrix.param)
+        self._init_second_momentum(self._owned_params())
 
     def _plan(self) -> list[_Matrix]:
         group_indices = {param: i for i, group in enumerate(self.param_groups) for param in group["params"]}
@@ -242,6 +214,9 @@ class DistributedMuon(Muon):
             settings,
         ]
 
+    def _owned_params(self) -> list[Tensor]:
+        return [matrix.param for matrix in self._matrices if matrix.owner == self.rank]
+
     def _holds_momentum(self, matrix: _Matrix) -> bool:
         return matrix.is_sharded or matrix.owner == self.rank
 
@@ -297,10 +272,11 @@ class DistributedMuon(Muon):
         """Advance the momentum of shards and send what is to be orthogonalized; None where nothing has to travel."""
         outgoing: list[list[Outgoing]] = [[] for _ in range(self.num_ranks)]
         incoming: list[list[Incoming]] = [[] for _ in range(self.num_ranks)]
+        advanced = self._advance_momenta([(m, m.param.grad) for m in bucket if m.is_sharded])
         for m in bucket:
             source = sources[m.name]
             if m.is_sharded:
-                update = self._advance_momentum(m, m.param.grad)
+                update = advanced[m.name]
                 outgoing[m.owner].append((as_matrix(update), self._wire_dtype(m)))
                 if m.owner == self.rank:
                     for rank in range(self.num_ranks):
@@ -324,17 +300,29 @@ class DistributedMuon(Muon):
         arrived = gather.wait() if gather is not None else []
         owned = [m for m in bucket if m.owner == self.rank]
         updates = {}
+        replicated = []
         for m in owned:
             if m.shard_dim is not None:
                 updates[m.name] = torch.cat([next(shards) for shards in arrived], dim=m.shard_dim)
             else:
                 source = sources[m.name]
-                grad = m.param.grad if source == self.rank else next(arrived[source])
-                updates[m.name] = as_matrix(self._advance_momentum(m, grad)).to(self._wire_dtype(m))
+                replicated.append((m, m.param.grad if source == self.rank else next(arrived[source])))
+        # In the dtype of the parameter still: the batch casts them on the way in, which is the cast of the wire.
+        updates |= {name: as_matrix(update) for name, update in self._advance_momenta(replicated).items()}
 
-        splits = {m.name: m.split for m in owned}
-        settings = {m.name: newton_schulz_settings(self.param_groups[m.group_index]) for m in owned}
-        return orthogonalize_batched(updates, splits, settings)
+        group_settings = [newton_schulz_settings(group) for group in self.param_groups]
+        results = orthogonalize_batched(
+            updates,
+            {m.name: m.split for m in owned},
+            {m.name: group_settings[m.group_index] for m in owned},
+            {m.name: self._wire_dtype(m) for m in owned},
+        )
+        for m in owned:
+            beta2 = self.param_groups[m.group_index]["normuon_beta2"]
+            if beta2 is not None:
+                second_momentum = self.state[m.param]["second_momentum_buffer"]
+                results[m.name] = normalize_neurons(results[m.name], second_momentum, m.split, beta2=beta2)
+        return results
 
     def _send_from_owners(self, bucket: list[_Matrix], updates: Mapping[str, Tensor]) -> Exchange:
         """Send each rank its shard of a sharded update and the whole of a replicated one."""
@@ -354,27 +342,37 @@ class DistributedMuon(Muon):
 
     def _apply(self, bucket: list[_Matrix], returned: Exchange) -> None:
         arrived = returned.wait()
+        # By group: parameters, updates, where they stand.
+        work: dict[int, tuple[list[Tensor], list[Tensor], list[Placement]]] = {}
         for m in bucket:
             is_cut_along_split = m.shard_dim == m.split.dim
-            apply_update_(
-                _local(m.param),
-                next(arrived[m.owner]),
-                split=m.split,
-                start=m.local_range(self.rank, self.num_ranks)[0] if is_cut_along_split else 0,
-                **step_settings(self.param_groups[m.group_index], m.name, m.param.shape),
-            )
+            start = m.local_range(self.rank, self.num_ranks)[0] if is_cut_along_split else 0
+            params, updates, placements = work.setdefault(m.group_index, ([], [], []))
+            params.append(_local(m.param))
+            updates.append(next(arrived[m.owner]))
+            placements.append(Placement(m.split, m.shape, start))
+        for group_index, (params, updates, placements) in work.items():
+            apply_updates_(params, updates, placements, **step_settings(self.param_groups[group_index]))
 
-    def _advance_momentum(self, matrix: _Matrix, grad: Tensor | None) -> Tensor:
-        """Average one more gradient in, of a shard or of the whole; returns what is to be orthogonalized."""
-        group = self.param_groups[matrix.group_index]
-        buffer = _local(self.state[matrix.param]["momentum_buffer"])
-        local_grad = torch.zeros_like(buffer) if grad is None else _local(grad)
-        update_momentum_(buffer, local_grad, group["momentum"])
-        return look_ahead(buffer, local_grad, momentum=group["momentum"], nesterov=group["nesterov"])
+    def _advance_momenta(self, grads: Sequence[tuple[_Matrix, Tensor | None]]) -> dict[str, Tensor]:
+        """Average one more gradient in, of shards or of wholes; what is to be orthogonalized, by name."""
+        by_group: dict[int, list[tuple[_Matrix, Tensor | None]]] = {}
+        for m, grad in grads:
+            by_group.setdefault(m.group_index, []).append((m, grad))
+        updates: dict[str, Tensor] = {}
+        for group_index, members in by_group.items():
+            group = self.param_groups[group_index]
+            buffers = [_local(self.state[m.param]["momentum_buffer"]) for m, _ in members]
+            local_grads = [
+                torch.zeros_like(buffer) if grad is None else _local(grad)
+                for buffer, (_, grad) in zip(buffers, members, strict=True)
+            ]
+            advanced = advance_momenta_(buffers, local_grads, momentum=group["momentum"], nesterov=group["nesterov"])
+            updates |= zip((m.name for m, _ in members), advanced, strict=True)
+        return updates
 
     def _wire_dtype(self, matrix: _Matrix) -> torch.dtype:
-        ns_dtype = self.param_groups[matrix.group_index]["ns_dtype"]
-        return ns_dtype if ns_dtype.itemsize <= matrix.param.dtype.itemsize else matrix.param.dtype
+        return update_dtype(matrix.param.dtype, self.param_groups[matrix.group_index]["ns_dtype"])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load as torch does, and keep the momentum that belongs on this rank.
@@ -392,6 +390,8 @@ class DistributedMuon(Muon):
                     f"the state dict holds no momentum of '{matrix.name}', which rank {self.rank} of {self.num_ranks} "
                     "owns; another rank or number of ranks saved it: save and load named_state() with DCP instead"
                 )
+            elif matrix.owner != self.rank:
+                self.state[matrix.param].pop("second_momentum_buffer", None)
 
 
 def _has_gradient(matrix: _Matrix) -> bool:

@@ -14,6 +14,41 @@ Coefficients = tuple[float, float, float]
 JORDAN_COEFFICIENT: Coefficients = (3.4445, -4.7750, 2.0315)
 JORDAN_COEFFICIENTS: tuple[Coefficients, ...] = (JORDAN_COEFFICIENT,) * 5
 
+# Amsel, Persson, Musco and Gower 2025, arXiv 2505.16932, implementation 1: each quintic is the best one for what those
+# before it make of the interval [1e-3, 1]. The last is Newton-Schulz' own, and repeats.
+_POLAR_EXPRESS: tuple[Coefficients, ...] = (
+    (8.28721201814563, -23.595886519098837, 17.300387312530933),
+    (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+    (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+    (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+    (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
+    (1.891301407787398, -1.2679958271945868, 0.37680408948524835),
+    (1.8750014808534479, -1.2500016453999487, 0.3750001645474248),
+    (1.875, -1.25, 0.375),
+)
+
+
+def _shrink(coefficients: Coefficients, factor: float) -> Coefficients:
+    """The polynomial of ``x / factor``."""
+    a, b, c = coefficients
+    return a / factor, b / factor**3, c / factor**5
+
+
+# Their safety against rounding: all but the last take their argument divided by 1.01, the first once more, where their
+# code divides the matrix by 1.01 times its norm.
+POLAR_EXPRESS_COEFFICIENTS: tuple[Coefficients, ...] = (
+    _shrink(_POLAR_EXPRESS[0], 1.01**2),
+    *(_shrink(triple, 1.01) for triple in _POLAR_EXPRESS[1:-1]),
+    _POLAR_EXPRESS[-1],
+)
+
+# By name, for `ns_coefficients`; the last triple repeats.
+COEFFICIENT_SETS: dict[str, tuple[Coefficients, ...]] = {
+    "jordan": (JORDAN_COEFFICIENT,),
+    "polar_express": POLAR_EXPRESS_COEFFICIENTS,
+}
+NsCoefficients = str | Sequence[float] | Sequence[Coefficients]
+
 # Not float16: it is cast before the norm is divided out, and there squares overflow above 256.
 NS_DTYPES = (torch.bfloat16, torch.float32, torch.float64)
 
@@ -85,23 +120,29 @@ def iterate_(x_RC: Tensor, coefficients: Sequence[Coefficients], eps: float) -> 
     return x_RC.reshape(*batch_shape, *x_RC.shape[-2:])
 
 
-def coefficients_per_step(
-    ns_coefficients: Sequence[float] | Sequence[Coefficients], ns_steps: int
-) -> list[Coefficients]:
-    """Spell out what ``torch.optim.Muon`` abbreviates: one triple for all steps, or one triple for each.
+def coefficients_per_step(ns_coefficients: NsCoefficients, ns_steps: int) -> tuple[Coefficients, ...]:
+    """Spell out what ``torch.optim.Muon`` abbreviates: one triple for all steps, or one triple for each, or a name.
 
     Raises:
-        ValueError: neither a triple nor ``ns_steps`` triples, or ``ns_steps`` is outside 1 to 99 (torch's limit).
+        ValueError: neither a name of ``COEFFICIENT_SETS``, nor a triple, nor ``ns_steps`` triples, or ``ns_steps`` is
+            outside 1 to 99 (torch's limit).
     """
     if not 0 < ns_steps < 100:
         raise ValueError(f"ns_steps is {ns_steps}; use 1 to 99 (5 is Jordan's)")
+    if isinstance(ns_coefficients, str):
+        if ns_coefficients not in COEFFICIENT_SETS:
+            raise ValueError(
+                f"ns_coefficients is {ns_coefficients!r}; use {' or '.join(COEFFICIENT_SETS)}, or numbers (a, b, c)"
+            )
+        named = COEFFICIENT_SETS[ns_coefficients]
+        return (named + named[-1:] * ns_steps)[:ns_steps]
     if len(ns_coefficients) == 3 and all(isinstance(number, int | float) for number in ns_coefficients):
-        return [tuple(ns_coefficients)] * ns_steps  # type: ignore[list-item]
+        return (tuple(ns_coefficients),) * ns_steps  # type: ignore[return-value]
     if len(ns_coefficients) == ns_steps and all(
         isinstance(triple, Sequence) and len(triple) == 3 for triple in ns_coefficients
     ):
-        return [tuple(triple) for triple in ns_coefficients]  # type: ignore[arg-type, misc]
+        return tuple(tuple(triple) for triple in ns_coefficients)  # type: ignore[arg-type, misc]
     raise ValueError(
         f"ns_coefficients is {ns_coefficients!r} with ns_steps={ns_steps}; "
-        f"give one triple (a, b, c) for all steps, or a sequence of {ns_steps} triples"
+        f"give one triple (a, b, c) for all steps, a sequence of {ns_steps} triples, or a name"
     )

@@ -138,14 +138,14 @@ def test_float16_is_refused():
 
 
 def test_one_triple_serves_all_steps():
-    assert coefficients_per_step(JORDAN_COEFFICIENT, 5) == list(JORDAN_COEFFICIENTS)
-    assert coefficients_per_step([(1, 2, 3), [4, 5, 6]], 2) == [(1, 2, 3), (4, 5, 6)]
-    assert coefficients_per_step([(1, 2, 3), (4, 5, 6), (7, 8, 9)], 3) == [(1, 2, 3), (4, 5, 6), (7, 8, 9)]
+    assert coefficients_per_step(JORDAN_COEFFICIENT, 5) == JORDAN_COEFFICIENTS
+    assert coefficients_per_step([(1, 2, 3), [4, 5, 6]], 2) == ((1, 2, 3), (4, 5, 6))
+    assert coefficients_per_step([(1, 2, 3), (4, 5, 6), (7, 8, 9)], 3) == ((1, 2, 3), (4, 5, 6), (7, 8, 9))
 
 
 @pytest.mark.parametrize("coefficients", [(1.0, 2.0), [(1, 2, 3)] * 4, [(1, 2)] * 5])
 def test_coefficients_that_do_not_fit_the_steps_are_refused(coefficients):
-    with pytest.raises(ValueError, match=r"with ns_steps=5; give one triple .* or a sequence of 5 triples"):
+    with pytest.raises(ValueError, match=r"with ns_steps=5; give one triple .* a sequence of 5 triples, or a name"):
         coefficients_per_step(coefficients, 5)
 
 
