@@ -166,6 +166,7 @@ def _orthogonalize_wide(
     coefficients: Sequence[Coefficients],
     eps: float,
     dtype: torch.dtype,
+    gram: bool = False,
 ) -> list[Tensor]:
     """Orthogonalize matrices of one device, none of them tall."""
     first = blocks[0]
@@ -176,13 +177,13 @@ def _orthogonalize_wide(
         members = batch.members
         if len(members) == 1:
             # As a matrix, not as a batch of one: torch's Muon multiplies so, and equal bits are easier to debug.
-            results[members[0]] = orthogonalize(blocks[members[0]], coefficients, eps, dtype).to(result_dtype)
+            results[members[0]] = orthogonalize(blocks[members[0]], coefficients, eps, dtype, gram).to(result_dtype)
             continue
         is_padded = any(shapes[i] != batch.shape for i in members)
         make = torch.zeros if is_padded else torch.empty
         x_BRC = make(len(members), *batch.shape, dtype=dtype, device=first.device)
         torch._foreach_copy_(_places(x_BRC, batch, shapes), [blocks[i] for i in members])
-        done_BRC = iterate_(x_BRC, coefficients, eps).to(result_dtype)
+        done_BRC = iterate_(x_BRC, coefficients, eps, gram=gram).to(result_dtype)
         for i, x_RC in zip(members, _places(done_BRC, batch, shapes), strict=True):
             results[i] = x_RC
     return results

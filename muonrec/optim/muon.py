@@ -53,6 +53,9 @@ class Muon(torch.optim.Optimizer):
         adjust_lr_fn: ``"original"`` (and None), ``"match_rms_adamw"`` or ``"spectral_unclamped"``; see ``adjust_lr``.
         ns_dtype: what the iteration runs in; torch knows bfloat16 alone. float32 is four times as slow on a processor
             with bfloat16 instructions, to remove an error that is small beside that of Jordan's coefficients.
+        ns_gram: iterate on the Gram matrix of what is more than twice as long as wide, 1.2 to 1.4 times as fast. Off:
+            in bfloat16 it rounds otherwise than torch, a tenth less where singular values span a thousand or more, and
+            up to twice as much where they are alike.
         normuon_beta2: 0.95 makes it NorMuon (arXiv 2510.05491): each neuron's update is divided by the root of its
             running mean square, kept as ``second_momentum_buffer``, a number a neuron. None, the default, is Muon.
         cautious_weight_decay: decay only what the update does not move away from zero (arXiv 2510.12402). Off: it
@@ -78,6 +81,7 @@ class Muon(torch.optim.Optimizer):
         adjust_lr_fn: str | None = None,
         *,
         ns_dtype: torch.dtype = torch.bfloat16,
+        ns_gram: bool = False,
         normuon_beta2: float | None = None,
         cautious_weight_decay: bool = False,
         splits: Mapping[str, Split] | None = None,
@@ -94,6 +98,7 @@ class Muon(torch.optim.Optimizer):
             "ns_steps": ns_steps,
             "adjust_lr_fn": adjust_lr_fn,
             "ns_dtype": ns_dtype,
+            "ns_gram": ns_gram,
             "normuon_beta2": normuon_beta2,
             "cautious_weight_decay": cautious_weight_decay,
         }
@@ -227,6 +232,7 @@ def newton_schulz_settings(group: Mapping[str, Any]) -> dict[str, Any]:
         "coefficients": coefficients_per_step(group["ns_coefficients"], group["ns_steps"]),
         "eps": group["eps"],
         "dtype": group["ns_dtype"],
+        "gram": group["ns_gram"],
     }
 
 

@@ -119,10 +119,16 @@ def look_ahead(buffer: Tensor, grad: Tensor, *, momentum: float, nesterov: bool)
 
 
 def orthogonalize_blocks(
-    update_RC: Tensor, split: Split, *, coefficients: Sequence[Coefficients], eps: float, dtype: torch.dtype
+    update_RC: Tensor,
+    split: Split,
+    *,
+    coefficients: Sequence[Coefficients],
+    eps: float,
+    dtype: torch.dtype,
+    gram: bool = False,
 ) -> Tensor:
     """Orthogonalize each block of one matrix by itself."""
-    blocks = [orthogonalize(block, coefficients, eps, dtype) for block in update_RC.split(split.sizes, split.dim)]
+    blocks = [orthogonalize(block, coefficients, eps, dtype, gram) for block in update_RC.split(split.sizes, split.dim)]
     return blocks[0] if len(blocks) == 1 else torch.cat(blocks, split.dim)
 
 

@@ -55,7 +55,7 @@ def test_muon_equals_torch_for_bfloat16_parameters():
 def test_defaults_are_those_of_torch():
     ours, theirs = (make([nn.Parameter(torch.ones(2, 2))]).defaults for make in (Muon, torch.optim.Muon))
     assert {key: ours[key] for key in theirs} == theirs
-    assert set(ours) - set(theirs) == {"ns_dtype", "normuon_beta2", "cautious_weight_decay"}
+    assert set(ours) - set(theirs) == {"ns_dtype", "ns_gram", "normuon_beta2", "cautious_weight_decay"}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
