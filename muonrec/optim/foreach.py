@@ -55,8 +55,11 @@ def apply_updates_(
     lr = on_device(lr, params[0].device)
     kept = 1 - lr * weight_decay
     if cautious:
-        signs = torch._foreach_mul(matrices, list(updates))
-        torch._foreach_mul_(matrices, [torch.where(sign >= 0, kept, 1.0) for sign in signs])
+        decayed = [
+            torch.where(param_RC * update_RC >= 0, param_RC * kept, param_RC)
+            for param_RC, update_RC in zip(matrices, updates, strict=True)
+        ]
+        torch._foreach_copy_(matrices, decayed)
     else:
         torch._foreach_mul_(matrices, kept)
 

@@ -257,7 +257,10 @@ def apply_update_(
     param_RC = as_matrix(param)
     lr = on_device(lr, param.device)
     kept = 1 - lr * weight_decay
-    param_RC.mul_(torch.where(param_RC * update_RC >= 0, kept, 1.0) if cautious else kept)
+    if cautious:
+        param_RC.copy_(torch.where(param_RC * update_RC >= 0, param_RC * kept, param_RC))
+    else:
+        param_RC.mul_(kept)
     for first, last, scale in scaled_ranges(split, shape, adjust_lr_fn, start, param_RC.shape[split.dim]):
         block = param_RC.narrow(split.dim, first, last - first)
         block_of_update = update_RC.narrow(split.dim, first, last - first)

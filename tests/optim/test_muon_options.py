@@ -204,17 +204,17 @@ def test_a_zero_gradient_moves_nothing_and_a_nan_shows(optimizer_class):
 
 @pytest.mark.parametrize("optimizer_class", [Muon, DistributedMuon])
 def test_cautious_decay_spares_what_the_update_moves_away_from_zero(optimizer_class):
-    start = _tensor("wide", -1)
+    start = _tensor("wide", -1, torch.float64)
     moved = {}
     for weight_decay in (0.0, 0.5):
         param = nn.Parameter(start.clone())
-        param.grad = _tensor("wide", 0)
+        param.grad = _tensor("wide", 0, torch.float64)
         optimizer_class([("w", param)], lr=0.1, weight_decay=weight_decay, cautious_weight_decay=True).step()
         moved[weight_decay] = param.detach()
     update = start - moved[0.0]
     decay = moved[0.0] - moved[0.5]
     expected = torch.where(update * start >= 0, 0.1 * 0.5 * start, 0.0)
-    torch.testing.assert_close(decay, expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(decay, expected, atol=1e-14, rtol=0)
     assert 0 < (expected == 0).sum() < expected.numel()
 
 
