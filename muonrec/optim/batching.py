@@ -52,8 +52,8 @@ class CostModel:
 # "cpu": python -m benchmarks.optimizer --kernels, on a core of an AMD EPYC (Zen 5, AVX512-BF16, 1 MiB of L2).
 # "cuda": not measured; a launch is some 5 us, and batches stop paying at 2048 x 2048 (pytorch/pytorch#182631).
 COST_MODELS = {
-    ("cpu", torch.bfloat16): CostModel(launch_s=12e-6, flops_per_s=4e11, batch_bytes=3 << 20),
-    ("cpu", torch.float32): CostModel(launch_s=3e-6, flops_per_s=1e11, batch_bytes=3 << 20),
+    ("cpu", torch.bfloat16): CostModel(launch_s=12e-6, flops_per_s=4e11, batch_bytes=4 << 20),
+    ("cpu", torch.float32): CostModel(launch_s=3e-6, flops_per_s=1e11, batch_bytes=4 << 20),
     ("cuda", torch.bfloat16): CostModel(launch_s=5e-6, flops_per_s=1e14, batch_bytes=256 << 20),
 }
 
