@@ -14,21 +14,14 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from muonrec.optim.agreement import agree_on_gradients, agree_on_plan, join_meshes
+from muonrec.optim.batching import orthogonalize_batched
 from muonrec.optim.exchange import Broadcast, Exchange, Pending
+from muonrec.optim.foreach import Placement, advance_momenta_, apply_updates_
 from muonrec.optim.layout import Layout, Part, Placing, assemble, find_gradient_problem, find_problem, placing_of
 from muonrec.optim.muon import Muon, Params, newton_schulz_settings, step_settings
-from muonrec.optim.newton_schulz import JORDAN_COEFFICIENT, Coefficients
 from muonrec.optim.ownership import assign_buckets, assign_owners, newton_schulz_cost
 from muonrec.optim.transfers import FromOwners, Matrix, ToOwners, plan_from_owners, plan_to_owners
-from muonrec.optim.update import (
-    Split,
-    apply_update_,
-    as_matrix,
-    look_ahead,
-    matrix_shape,
-    orthogonalize_batched,
-    update_momentum_,
-)
+from muonrec.optim.update import as_matrix, matrix_shape, normalize_neurons, update_dtype
 
 # Sets of parameters with gradients whose transfers are remembered: towers of several tasks come and go.
 _NUM_PLANS = 16
@@ -65,8 +58,7 @@ class DistributedMuon(Muon):
 
     Args:
         params: ``(name, parameter)`` pairs, or groups of them.
-        lr, weight_decay, momentum, nesterov, ns_coefficients, eps, ns_steps, adjust_lr_fn, ns_dtype, splits: as in
-            ``Muon``.
+        settings, options: all that ``Muon`` takes, under the same names and in the same order.
         process_group: the ranks that share the work; by default all of them, or this process alone where
             ``torch.distributed`` is not initialized.
         assume_all_gradients: promise that every parameter has a gradient on every rank at every step. Then ``step``
@@ -81,19 +73,10 @@ class DistributedMuon(Muon):
     def __init__(
         self,
         params: Params,
-        lr: float | Tensor = 1e-3,
-        weight_decay: float = 0.1,
-        momentum: float = 0.95,
-        nesterov: bool = True,
-        ns_coefficients: Sequence[float] | Sequence[Coefficients] = JORDAN_COEFFICIENT,
-        eps: float = 1e-7,
-        ns_steps: int = 5,
-        adjust_lr_fn: str | None = None,
-        *,
-        ns_dtype: torch.dtype = torch.bfloat16,
-        splits: Mapping[str, Split] | None = None,
+        *settings: Any,
         process_group: dist.ProcessGroup | None = None,
         assume_all_gradients: bool = False,
+        **options: Any,
     ) -> None:
         self.assume_all_gradients = assume_all_gradients
         if process_group is None and dist.is_available() and dist.is_initialized():
@@ -105,19 +88,7 @@ class DistributedMuon(Muon):
             raise ValueError(
                 "this rank is not in process_group; construct DistributedMuon on the ranks of the group alone"
             )
-        super().__init__(
-            params,
-            lr,
-            weight_decay,
-            momentum,
-            nesterov,
-            ns_coefficients,
-            eps,
-            ns_steps,
-            adjust_lr_fn,
-            ns_dtype=ns_dtype,
-            splits=splits,
-        )
+        super().__init__(params, *settings, **options)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Used by the constructor; later it is refused, since the owners are planned by then."""
@@ -143,6 +114,7 @@ class DistributedMuon(Muon):
             if self._keeps_momentum(m):
                 like = _local(m.param) if m.is_replicated else m.param
                 self.state[m.param]["momentum_buffer"] = torch.zeros_like(like)
+        self._init_second_momentum([m.param for m in self._matrices if m.owner == self.rank])
 
     def _plan(self) -> list[Matrix]:
         group_indices = {param: i for i, group in enumerate(self.param_groups) for param in group["params"]}
@@ -306,12 +278,23 @@ class DistributedMuon(Muon):
             parts[m.name].append((part, update))
         for m, own in plan.owned:
             if own is not None:
-                parts[m.name].append((own, ready[m.name].to(self._wire_dtype(m))))
+                # Beside parts that have travelled, in their dtype; a whole is cast by the batch on the way in.
+                update = ready[m.name]
+                parts[m.name].append((own, update.to(self._wire_dtype(m)) if parts[m.name] else update))
 
-        updates = {name: assemble(pieces) for name, pieces in parts.items()}
-        splits = {m.name: m.split for m, _ in plan.owned}
-        settings = {m.name: newton_schulz_settings(self.param_groups[m.group_index]) for m, _ in plan.owned}
-        return orthogonalize_batched(updates, splits, settings)
+        group_settings = [newton_schulz_settings(group) for group in self.param_groups]
+        results = orthogonalize_batched(
+            {name: assemble(pieces) for name, pieces in parts.items()},
+            {m.name: m.split for m, _ in plan.owned},
+            {m.name: group_settings[m.group_index] for m, _ in plan.owned},
+            {m.name: self._wire_dtype(m) for m, _ in plan.owned},
+        )
+        for m, _ in plan.owned:
+            beta2 = self.param_groups[m.group_index]["normuon_beta2"]
+            if beta2 is not None:
+                second_momentum = self.state[m.param]["second_momentum_buffer"]
+                results[m.name] = normalize_neurons(results[m.name], second_momentum, m.split, beta2=beta2)
+        return results
 
     def _send_from_owners(self, plan: FromOwners, updates: Mapping[str, Tensor]) -> Pending | None:
         """Send every rank its part of each update."""
@@ -321,34 +304,40 @@ class DistributedMuon(Muon):
 
     def _apply(self, plan: FromOwners, updates: Mapping[str, Tensor], returned: Pending | None) -> None:
         arrived = zip(plan.arriving, returned.wait() if returned is not None else [], strict=True)
+        # By group: parameters, updates, where they stand.
+        work: dict[int, tuple[list[Tensor], list[Tensor], list[Placement]]] = {}
         for m, update in [*arrived, *((m, part.of(updates[m.name])) for m, part in plan.kept)]:
             local, dim = _local(m.param), m.split.dim
             # Of a convolution kernel (out, in, k), in * k columns of the matrix are in entries of dim 1.
             scale = m.shape[dim] // m.param.shape[dim]
+            params, pieces, placements = work.setdefault(m.group_index, ([], [], []))
             for offset, start, size in m.layout.part(self.rank).sections(dim):
-                apply_update_(
-                    local.narrow(dim, offset // scale, size // scale),
-                    update.narrow(dim, offset, size),
-                    split=m.split,
-                    start=start,
-                    **step_settings(self.param_groups[m.group_index], m.name, m.param.shape),
-                )
+                is_all = size == update.shape[dim]
+                params.append(local if is_all else local.narrow(dim, offset // scale, size // scale))
+                pieces.append(update if is_all else update.narrow(dim, offset, size))
+                placements.append(Placement(m.split, m.shape, start))
+        for group_index, (params, pieces, placements) in work.items():
+            apply_updates_(params, pieces, placements, **step_settings(self.param_groups[group_index]))
 
     def _advance_momenta(self, grads: Sequence[tuple[Matrix, Tensor | None]]) -> dict[str, Tensor]:
         """Average one more gradient in, of parts or of wholes; returns what is to be orthogonalized, by name."""
-        updates = {}
+        by_group: dict[int, list[tuple[Matrix, Tensor | None]]] = {}
         for m, grad in grads:
-            group = self.param_groups[m.group_index]
-            buffer = _local(self.state[m.param]["momentum_buffer"])
-            local_grad = torch.zeros_like(buffer) if grad is None else _local(grad).view_as(buffer)
-            update_momentum_(buffer, local_grad, group["momentum"])
-            update = look_ahead(buffer, local_grad, momentum=group["momentum"], nesterov=group["nesterov"])
-            updates[m.name] = as_matrix(update)
+            by_group.setdefault(m.group_index, []).append((m, grad))
+        updates: dict[str, Tensor] = {}
+        for group_index, members in by_group.items():
+            group = self.param_groups[group_index]
+            buffers = [_local(self.state[m.param]["momentum_buffer"]) for m, _ in members]
+            local_grads = [
+                torch.zeros_like(buffer) if grad is None else _local(grad).view_as(buffer)
+                for buffer, (_, grad) in zip(buffers, members, strict=True)
+            ]
+            advanced = advance_momenta_(buffers, local_grads, momentum=group["momentum"], nesterov=group["nesterov"])
+            updates |= {m.name: as_matrix(update) for (m, _), update in zip(members, advanced, strict=True)}
         return updates
 
     def _wire_dtype(self, m: Matrix) -> torch.dtype:
-        ns_dtype = self.param_groups[m.group_index]["ns_dtype"]
-        return ns_dtype if ns_dtype.itemsize <= m.param.dtype.itemsize else m.param.dtype
+        return update_dtype(m.param.dtype, self.param_groups[m.group_index]["ns_dtype"])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load as torch does, and keep the momentum that belongs on this rank.
@@ -366,6 +355,8 @@ class DistributedMuon(Muon):
                     f"the state dict holds no momentum of '{m.name}', which rank {self.rank} of {self.num_ranks} "
                     "owns; another rank or number of ranks saved it: save and load named_state() with DCP instead"
                 )
+            elif m.owner != self.rank:
+                self.state[m.param].pop("second_momentum_buffer", None)
 
 
 def _local(tensor: Tensor) -> Tensor:
