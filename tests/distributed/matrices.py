@@ -73,7 +73,7 @@ def local_of(tensor):
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def train_plainly(settings, gradients=tensor_of, num_steps=5, names=SHAPES, first_step=0):
+def train_plainly(settings, gradients=tensor_of, num_steps=5, names=SHAPES):
     """Parameters and momentum, by name, that plain Muon makes of them."""
     params = {name: nn.Parameter(tensor_of(name, -1)) for name in names}
     optimizer = Muon(params.items(), splits=split_of(names), **settings)

@@ -2,6 +2,7 @@
 
 import itertools
 import random
+import time
 from collections import defaultdict
 
 import pytest
@@ -127,8 +128,6 @@ def test_no_rank_packs_more_than_twice_the_updates(num_ranks):
 
 def _seconds_to_plan(num_matrices, num_ranks, placements):
     """Of a rank that owns a matrix: owners, buckets and transfers."""
-    import time
-
     widths = [64 * (1 + i % 16) for i in range(num_matrices)]
     grid = mesh(*([num_ranks] if len(placements) < 2 else [num_ranks // 8, 8])) if placements else mesh()
     if not placements:
