@@ -1,119 +1,84 @@
 """Muon on many ranks: each matrix is orthogonalized once, on the rank that owns it.
 
-Two layouts mix freely. *Replicated* parameters (plain tensors, as under DDP) have their gradient everywhere already,
-so momentum and iteration stay on the owner and only the update travels. *Sharded* parameters (DTensors of FSDP2) keep
-a shard of the momentum on each rank; the shards of what is to be orthogonalized travel to the owner, the shards of the
-result back.
+Two kinds of parameters mix freely. Of *replicated* ones every rank has the whole gradient already, so momentum and
+iteration stay on the owner and only the update travels. Of *sharded* ones each rank keeps the momentum of the part that
+it holds; the parts of what is to be orthogonalized travel to the owner, those of the result back to all who hold them.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
 
-from muonrec.optim.exchange import Exchange, Incoming, Outgoing
+from muonrec.optim.agreement import agree_on_gradients, agree_on_plan, join_meshes
+from muonrec.optim.batching import orthogonalize_batched
+from muonrec.optim.exchange import Broadcast, Exchange, Pending
+from muonrec.optim.foreach import Placement, advance_momenta_, apply_updates_
+from muonrec.optim.layout import Layout, Part, Placing, assemble, find_gradient_problem, find_problem, placing_of
 from muonrec.optim.muon import Muon, Params, newton_schulz_settings, step_settings
-from muonrec.optim.newton_schulz import JORDAN_COEFFICIENT, Coefficients
-from muonrec.optim.ownership import assign_owners, newton_schulz_cost, plan_hash, shard_range
-from muonrec.optim.update import (
-    Split,
-    apply_update_,
-    as_matrix,
-    look_ahead,
-    matrix_shape,
-    orthogonalize_batched,
-    update_momentum_,
-)
+from muonrec.optim.ownership import assign_buckets, assign_owners, newton_schulz_cost
+from muonrec.optim.transfers import FromOwners, Matrix, ToOwners, plan_from_owners, plan_to_owners
+from muonrec.optim.update import as_matrix, matrix_shape, normalize_neurons, update_dtype
 
-# R = rows, C = columns of a parameter taken as a matrix
-
-# Two, so that one is orthogonalized while the other travels; more would cut the batches of equal shapes into pieces.
-NUM_BUCKETS = 2
-
-
-@dataclass(frozen=True, eq=False)
-class _Matrix:
-    """One parameter in the plan; the same on every rank, but for the tensor."""
-
-    name: str
-    param: Tensor
-    group_index: int
-    shape: tuple[int, int]
-    shard_dim: int | None  # of the matrix; None where the parameter is replicated
-    split: Split
-    owner: int
-    bucket: int
-
-    @property
-    def is_sharded(self) -> bool:
-        return self.shard_dim is not None
-
-    def local_range(self, rank: int, num_ranks: int) -> tuple[int, int]:
-        """``(start, stop)`` along ``shard_dim`` of the matrix of what a rank holds."""
-        assert self.shard_dim is not None
-        # Dim 1 of a convolution kernel (out, in, k) is in * k columns of the matrix.
-        stride = self.shape[self.shard_dim] // self.param.shape[self.shard_dim]
-        start, stop = shard_range(self.param.shape[self.shard_dim], num_ranks, rank)
-        return start * stride, stop * stride
-
-    def local_shape(self, rank: int, num_ranks: int) -> tuple[int, int]:
-        """``(R, C)`` of what a rank holds."""
-        if self.shard_dim is None:
-            return self.shape
-        start, stop = self.local_range(rank, num_ranks)
-        return (stop - start, self.shape[1]) if self.shard_dim == 0 else (self.shape[0], stop - start)
+# Sets of parameters with gradients whose transfers are remembered: towers of several tasks come and go.
+_NUM_PLANS = 16
 
 
 class DistributedMuon(Muon):
     """Muon over a group of ranks; equals ``Muon`` on one device for the same settings.
 
-    Takes plain tensors that are equal on all ranks (DDP) and DTensors ``Shard(0)`` or ``Shard(1)`` on a one-dimensional
-    mesh (FSDP2), in any mix; shards may be uneven or empty. A step costs at most two all-to-alls per bucket, with two
-    buckets, and one small all-reduce, for any number of matrices. What travels is in the narrower of the parameter's
-    dtype and ``ns_dtype``, which loses nothing, since the iteration casts to it anyway.
+    Takes, in any mix and in several groups: plain tensors that are equal on all ranks of ``process_group`` (DDP, also
+    that of TorchRec's 2D parallelism, which is over all ranks), and DTensors on meshes of any number of axes, placed
+    by ``Replicate()``, ``Shard(0)``, ``Shard(1)`` and ``_StridedShard`` of those: FSDP2, HSDP, tensor parallelism,
+    FSDP2 on top of it, shards of rows by shards of columns. Shards may be uneven or empty. A mesh lies in
+    ``process_group``; where it is a slice, as a tensor-parallel group is, slices alike make up the rest, and hold
+    copies. Not taken: partial placements, ``Shard`` of the further dimensions of a convolution kernel, and parameters
+    that only some of the ranks have (pipeline and expert parallelism): give each such group of ranks its own optimizer.
+
+    Each matrix is orthogonalized once among all ranks that hold a part or a copy of it. Matrices are packed in two
+    buckets of replicated ones and two of sharded ones, however many there are; a step costs at most two collectives
+    per bucket and one small all-reduce, and one small all-gather where ranks disagree about which gradients exist. What
+    travels is in the narrower of the parameter's dtype and ``ns_dtype``, which loses nothing, since the iteration casts
+    to it anyway. Under HSDP an owner packs a part once for each of its copies, under DDP at most twice what all owners
+    send together.
 
     Every rank must construct it with the same parameters in the same order and call ``step`` the same number of times.
-    Gradients may be missing: on every rank, and the parameter is skipped as in torch; on some, and they count as zero
-    there if the parameter is sharded, while a replicated one takes the gradient of a rank that has it.
+    Gradients of copies must be equal, as DDP and FSDP2 leave them. They may be missing: on every rank, and the
+    parameter is skipped as in torch; on some, and each part takes the gradient of a rank that holds a copy of it, and
+    counts as zero where there is none.
 
     ``state`` holds the momentum of replicated parameters on their owner alone; the other ranks hold an empty entry.
-    Save and load it by name with ``named_state`` and DCP, which also serves another number of ranks.
+    Save and load it by name with ``named_state`` and DCP, which also serves another number of ranks and another layout.
     ``load_state_dict`` takes what this rank saved, or a dictionary that holds every momentum.
 
-    Not for embeddings, heads, gains or biases: give those to AdamW. Not for HSDP or tensor-parallel placements yet.
+    Not for embeddings, heads, gains or biases: give those to AdamW.
 
     Args:
         params: ``(name, parameter)`` pairs, or groups of them.
-        lr, weight_decay, momentum, nesterov, ns_coefficients, eps, ns_steps, adjust_lr_fn, ns_dtype, splits: as in
-            ``Muon``.
+        settings, options: all that ``Muon`` takes, under the same names and in the same order.
         process_group: the ranks that share the work; by default all of them, or this process alone where
             ``torch.distributed`` is not initialized.
+        assume_all_gradients: promise that every parameter has a gradient on every rank at every step. Then ``step``
+            does not ask the other ranks, and the host does not wait for the device, as capture in a CUDA graph
+            demands. A rank on which the promise is broken raises, and leaves the others waiting for it.
 
     Raises:
-        ValueError: as ``Muon``; names are missing, a placement is not supported, or the ranks were given different
-            parameters.
+        ValueError: as ``Muon``; names are missing, a placement or mesh is not supported, or the ranks were given
+            different parameters. On every rank, where one rank alone finds fault.
     """
 
     def __init__(
         self,
         params: Params,
-        lr: float | Tensor = 1e-3,
-        weight_decay: float = 0.1,
-        momentum: float = 0.95,
-        nesterov: bool = True,
-        ns_coefficients: Sequence[float] | Sequence[Coefficients] = JORDAN_COEFFICIENT,
-        eps: float = 1e-7,
-        ns_steps: int = 5,
-        adjust_lr_fn: str | None = None,
-        *,
-        ns_dtype: torch.dtype = torch.bfloat16,
-        splits: Mapping[str, Split] | None = None,
+        *settings: Any,
         process_group: dist.ProcessGroup | None = None,
+        assume_all_gradients: bool = False,
+        **options: Any,
     ) -> None:
+        self.assume_all_gradients = assume_all_gradients
         if process_group is None and dist.is_available() and dist.is_initialized():
             process_group = dist.group.WORLD
         self.process_group = process_group
@@ -123,19 +88,7 @@ class DistributedMuon(Muon):
             raise ValueError(
                 "this rank is not in process_group; construct DistributedMuon on the ranks of the group alone"
             )
-        super().__init__(
-            params,
-            lr,
-            weight_decay,
-            momentum,
-            nesterov,
-            ns_coefficients,
-            eps,
-            ns_steps,
-            adjust_lr_fn,
-            ns_dtype=ns_dtype,
-            splits=splits,
-        )
+        super().__init__(params, *settings, **options)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Used by the constructor; later it is refused, since the owners are planned by then."""
@@ -151,99 +104,84 @@ class DistributedMuon(Muon):
             )
 
     def _init_state(self) -> None:
+        self._device = _local(next(iter(self.names))).device
         self._matrices = self._plan()
-        self._device = _local(self._matrices[0].param).device
-        self._compare_plans()
-        for matrix in self._matrices:
+        self._plans: dict[Any, list[tuple[ToOwners, FromOwners]]] = {}
+        for m in self._matrices:
             # Every rank has an entry for every parameter: DCP steps an optimizer whose state is empty, and one rank
             # stepping alone would hang.
-            self.state[matrix.param] = {}
-            if self._holds_momentum(matrix):
-                self.state[matrix.param]["momentum_buffer"] = torch.zeros_like(matrix.param)
+            self.state[m.param] = {}
+            if self._keeps_momentum(m):
+                like = _local(m.param) if m.is_replicated else m.param
+                self.state[m.param]["momentum_buffer"] = torch.zeros_like(like)
+        self._init_second_momentum([m.param for m in self._matrices if m.owner == self.rank])
 
-    def _plan(self) -> list[_Matrix]:
+    def _plan(self) -> list[Matrix]:
         group_indices = {param: i for i, group in enumerate(self.param_groups) for param in group["params"]}
         shapes = {name: matrix_shape(name, param.shape) for param, name in self.names.items()}
         costs = {}
         for param, name in self.names.items():
             steps = self.param_groups[group_indices[param]]["ns_steps"]
             costs[name] = sum(newton_schulz_cost(shape, steps) for shape in self.split_of(param).shapes(shapes[name]))
-
         owners = assign_owners(costs, self.num_ranks)
-        buckets: dict[str, int] = {}
-        for rank in range(self.num_ranks):
-            owned = {name: cost for name, cost in costs.items() if owners[name] == rank}
-            buckets |= assign_owners(owned, NUM_BUCKETS if self.num_ranks > 1 else 1)
+
+        layouts = self._lay_out(owners)
+        buckets = assign_buckets(
+            costs, owners, {name: layout.is_replicated for name, layout in layouts.items()}, self.num_ranks
+        )
         return [
-            _Matrix(
+            Matrix(
                 name=name,
                 param=param,
                 group_index=group_indices[param],
                 shape=shapes[name],
-                shard_dim=self._shard_dim(name, param),
+                layout=layouts[name],
                 split=self.split_of(param),
                 owner=owners[name],
                 bucket=buckets[name],
+                turn=turn,
             )
+            for turn, (param, name) in enumerate(self.names.items())
+        ]
+
+    def _lay_out(self, owners: Mapping[str, int]) -> dict[str, Layout]:
+        """Where each parameter lies, once all ranks have agreed that they were given the same."""
+        group_ranks = [0] if self.process_group is None else dist.get_process_group_ranks(self.process_group)
+        placings = {name: placing_of(param) for param, name in self.names.items()}
+        # By the meshes themselves, which parameters share.
+        names = {(placing.mesh_ranks, placing.mesh_shape): name for name, placing in placings.items()}
+        order = list(names)
+        rows = [
+            self._plan_row(param, placings[name], order.index(placings[name][1:]), owners[name])
             for param, name in self.names.items()
         ]
+        problems = [find_problem(name, param, group_ranks) for param, name in self.names.items()]
+        problem = next(filter(None, problems), None)
+        said = [[ranks for ranks, _ in order]]
+        if self.process_group is not None and self.num_ranks > 1:
+            said = agree_on_plan(rows, said[0], problem, self.process_group)
+        elif problem is not None:
+            raise ValueError(problem)
+        meshes = {
+            mesh: join_meshes(name, mesh[1], [ranks[i] for ranks in said], group_ranks)
+            for i, (mesh, name) in enumerate(names.items())
+        }
+        return {
+            name: Layout(param.shape, placings[name].placements, meshes[placings[name][1:]])
+            for param, name in self.names.items()
+        }
 
-    def _shard_dim(self, name: str, param: Tensor) -> int | None:
-        if not isinstance(param, DTensor):
-            return None
-        mesh, placement = param.device_mesh, param.placements[0]
-        if mesh.ndim != 1 or type(placement) is not Shard or placement.dim > 1:
-            raise ValueError(
-                f"'{name}' is placed as {tuple(param.placements)} on a mesh of shape {tuple(mesh.shape)}, which is not "
-                "supported yet, use Shard(0) or Shard(1) on a one-dimensional mesh (fully_shard) or plain tensors (DDP)"
-            )
-        mesh_ranks = mesh.mesh.tolist()
-        group_ranks = dist.get_process_group_ranks(self.process_group)
-        if mesh_ranks != group_ranks:
-            raise ValueError(
-                f"'{name}' is sharded over ranks {mesh_ranks} but process_group is of ranks {group_ranks}; "
-                "pass process_group=mesh.get_group(), and make one optimizer per mesh"
-            )
-        return placement.dim
-
-    def _compare_plans(self) -> None:
-        if self.num_ranks == 1:
-            return
-        rows = [self._plan_row(matrix) for matrix in self._matrices]
-        hashes: list[Any] = [None] * self.num_ranks
-        dist.all_gather_object(hashes, plan_hash(rows), group=self.process_group)
-        if len(set(hashes)) == 1:
-            return
-        plans: list[Any] = [None] * self.num_ranks
-        dist.all_gather_object(plans, rows, group=self.process_group)
-        other = next(rank for rank in range(self.num_ranks) if hashes[rank] != hashes[0])
-        ours, theirs = [{row[0]: row for row in plans[rank]} for rank in (0, other)]
-        # Absent ones first: one name too many moves the owners of others.
-        differing = [name for name in ours | theirs if (name in ours) != (name in theirs)]
-        differing = differing or [name for name in ours if ours[name] != theirs[name]] or ["their order"]
-        raise ValueError(
-            f"ranks 0 and {other} were given different parameters: they differ in {differing[0]}"
-            f" ({ours.get(differing[0], 'absent')} and {theirs.get(differing[0], 'absent')}), {len(differing)} in all; "
-            "give every rank the same names, shapes, dtypes, placements, splits and settings in the same order"
-        )
-
-    def _plan_row(self, matrix: _Matrix) -> list[Any]:
+    def _plan_row(self, param: Tensor, placing: Placing, mesh: int, owner: int) -> list[Any]:
         """What must be the same on every rank, in plain values."""
-        split, group = matrix.split, self.param_groups[matrix.group_index]
+        name, split = self.names[param], self.split_of(param)
+        group = next(group for group in self.param_groups if any(p is param for p in group["params"]))
         # A rate in a tensor prints its device, which differs between ranks.
         settings = {key: str(float(group[key]) if key == "lr" else group[key]) for key in self.defaults}
-        layout = [list(matrix.param.shape), str(matrix.param.dtype), matrix.shard_dim]
-        return [
-            matrix.name,
-            *layout,
-            [split.dim, *split.sizes, split.transposed],
-            matrix.owner,
-            matrix.bucket,
-            settings,
-        ]
+        layout = [list(param.shape), str(param.dtype), str(placing.placements), mesh, list(placing.mesh_shape)]
+        return [name, *layout, [split.dim, *split.sizes, split.transposed], owner, settings]
 
-    def _holds_momentum(self, matrix: _Matrix) -> bool:
-        return matrix.is_sharded or matrix.owner == self.rank
+    def _keeps_momentum(self, m: Matrix) -> bool:
+        return not m.is_replicated or m.owner == self.rank
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
@@ -256,125 +194,150 @@ class DistributedMuon(Muon):
             with torch.enable_grad():
                 loss = closure()
 
-        sources = self._agree_on_gradients()
-        moving = [matrix for matrix in self._matrices if matrix.name in sources]
-        buckets = [[m for m in moving if m.bucket == i] for i in range(NUM_BUCKETS)]
-        buckets = [bucket for bucket in buckets if bucket]
+        buckets = self._plan_step()
 
-        # Launch: all shards are on their way before the first matrix is touched.
-        gathers = [self._send_to_owners(bucket, sources) for bucket in buckets]
+        # Launch: all parts are on their way before the first matrix is touched.
+        gathers = [self._send_to_owners(to_owners) for to_owners, _ in buckets]
 
         # Compute: while this bucket is orthogonalized, the next one arrives and the one before returns.
         returns = []
-        for bucket, gather in zip(buckets, gathers, strict=True):
-            updates = self._orthogonalize_owned(bucket, sources, gather)
-            returns.append(self._send_from_owners(bucket, updates))
+        for (to_owners, from_owners), (ready, gather) in zip(buckets, gathers, strict=True):
+            updates = self._orthogonalize_owned(to_owners, ready, gather)
+            returns.append((updates, self._send_from_owners(from_owners, updates)))
 
         # Finish.
-        for bucket, returned in zip(buckets, returns, strict=True):
-            self._apply(bucket, returned)
+        for (_, from_owners), (updates, returned) in zip(buckets, returns, strict=True):
+            self._apply(from_owners, updates, returned)
         return loss
 
-    def _agree_on_gradients(self) -> dict[str, int]:
-        """By name, the rank whose gradient counts if the parameter is replicated; without the names that no rank has.
+    def _plan_step(self) -> list[tuple[ToOwners, FromOwners]]:
+        """What each bucket sends and receives, worked out once for each set of gradients."""
+        having = self._agree_on_gradients()
+        key = (tuple(having), *(group["ns_dtype"] for group in self.param_groups))
+        if key not in self._plans:
+            if len(self._plans) == _NUM_PLANS:
+                self._plans.clear()
+            moving = [m for m, ranks in zip(self._matrices, having, strict=True) if ranks is None or ranks]
+            buckets = [[m for m in moving if m.bucket == i] for i in range(max(m.bucket for m in self._matrices) + 1)]
+            present = {m.name: ranks for m, ranks in zip(self._matrices, having, strict=True)}
+            wire_dtypes = {m.name: self._wire_dtype(m) for m in moving}
+            this = {"rank": self.rank, "num_ranks": self.num_ranks}
+            self._plans[key] = [
+                (
+                    plan_to_owners(bucket, present, wire_dtypes, **this),
+                    plan_from_owners(bucket, wire_dtypes, **this),
+                )
+                for bucket in buckets
+                if bucket
+            ]
+        return self._plans[key]
 
-        It is the owner or, going up from there and around, the first rank that has the gradient.
-        """
-        distances = [
-            (self.rank - m.owner) % self.num_ranks if _has_gradient(m) else self.num_ranks for m in self._matrices
-        ]
-        if self.num_ranks > 1:
-            shared = torch.tensor(distances, dtype=torch.int32, device=self._device)
-            dist.all_reduce(shared, dist.ReduceOp.MIN, group=self.process_group)
-            distances = shared.tolist()
-        return {
-            m.name: (m.owner + distance) % self.num_ranks
-            for m, distance in zip(self._matrices, distances, strict=True)
-            if distance < self.num_ranks
-        }
+    def _agree_on_gradients(self) -> list[frozenset[int] | None]:
+        """For each matrix the ranks that have its gradient; None for all of them."""
+        problem = next(filter(None, (find_gradient_problem(m.name, m.param) for m in self._matrices)), None)
+        flags = [m.param.grad is not None for m in self._matrices]
+        if self.assume_all_gradients:
+            if not all(flags):
+                names = [m.name for m, has_gradient in zip(self._matrices, flags, strict=True) if not has_gradient]
+                problem = (
+                    f"{names} have no gradient on rank {self.rank}, but assume_all_gradients promises one for every "
+                    "parameter on every rank at every step; leave it False where a batch may lack a feature"
+                )
+            having: list[frozenset[int] | None] | None = [None] * len(flags)
+        elif self.process_group is None or self.num_ranks == 1:
+            having = [None if has_gradient else frozenset() for has_gradient in flags]
+        else:
+            having = agree_on_gradients(
+                flags, is_refused=problem is not None, group=self.process_group, device=self._device
+            )
+        if problem is not None or having is None:
+            raise ValueError(problem or "another rank refuses a gradient; its own error says which and why")
+        return having
 
-    def _send_to_owners(self, bucket: list[_Matrix], sources: Mapping[str, int]) -> Exchange | None:
-        """Advance the momentum of shards and send what is to be orthogonalized; None where nothing has to travel."""
-        outgoing: list[list[Outgoing]] = [[] for _ in range(self.num_ranks)]
-        incoming: list[list[Incoming]] = [[] for _ in range(self.num_ranks)]
-        for m in bucket:
-            source = sources[m.name]
-            if m.is_sharded:
-                update = self._advance_momentum(m, m.param.grad)
-                outgoing[m.owner].append((as_matrix(update), self._wire_dtype(m)))
-                if m.owner == self.rank:
-                    for rank in range(self.num_ranks):
-                        incoming[rank].append((m.local_shape(rank, self.num_ranks), self._wire_dtype(m)))
-            elif source != m.owner:
-                # In full precision: this one is averaged into the momentum, not orthogonalized at once.
-                if source == self.rank:
-                    assert m.param.grad is not None
-                    outgoing[m.owner].append((m.param.grad, m.param.dtype))
-                if m.owner == self.rank:
-                    incoming[source].append((m.param.shape, m.param.dtype))
-        # Decided from what every rank knows: a rank that skipped a collective alone would hang the others.
-        if not any(m.is_sharded or sources[m.name] != m.owner for m in bucket):
-            return None
-        return Exchange(outgoing, incoming, self.process_group, self._device)
+    def _start(self, exchange: Exchange | Broadcast, tensors: Sequence[Tensor]) -> Pending:
+        assert self.process_group is not None
+        return exchange.start(tensors, self.process_group, self._device)
+
+    def _send_to_owners(self, plan: ToOwners) -> tuple[dict[str, Tensor], Pending | None]:
+        """Advance what momentum can be, and send it; returns what is ready to be orthogonalized, by name."""
+        ready = self._advance_momenta([(m, m.param.grad) for m in plan.advanced])
+        if plan.exchange is None:
+            return ready, None
+        lent = [as_matrix(_local(m.param.grad)) for m in plan.lent if m.param.grad is not None]
+        return ready, self._start(plan.exchange, lent + [ready[m.name] for m in plan.sent])
 
     def _orthogonalize_owned(
-        self, bucket: list[_Matrix], sources: Mapping[str, int], gather: Exchange | None
+        self, plan: ToOwners, ready: dict[str, Tensor], gather: Pending | None
     ) -> dict[str, Tensor]:
         """The whole orthogonalized updates of the matrices that this rank owns, by name."""
         arrived = gather.wait() if gather is not None else []
-        owned = [m for m in bucket if m.owner == self.rank]
-        updates = {}
-        for m in owned:
-            if m.shard_dim is not None:
-                updates[m.name] = torch.cat([next(shards) for shards in arrived], dim=m.shard_dim)
-            else:
-                source = sources[m.name]
-                grad = m.param.grad if source == self.rank else next(arrived[source])
-                updates[m.name] = as_matrix(self._advance_momentum(m, grad)).to(self._wire_dtype(m))
+        num_borrowed = len(plan.borrowed)
+        ready |= self._advance_momenta(list(zip(plan.borrowed, arrived[:num_borrowed], strict=True)))
+        parts: dict[str, list[tuple[Part, Tensor]]] = {m.name: [] for m, _ in plan.owned}
+        for (m, part), update in zip(plan.arriving, arrived[num_borrowed:], strict=True):
+            parts[m.name].append((part, update))
+        for m, own in plan.owned:
+            if own is not None:
+                # Beside parts that have travelled, in their dtype; a whole is cast by the batch on the way in.
+                update = ready[m.name]
+                parts[m.name].append((own, update.to(self._wire_dtype(m)) if parts[m.name] else update))
 
-        splits = {m.name: m.split for m in owned}
-        settings = {m.name: newton_schulz_settings(self.param_groups[m.group_index]) for m in owned}
-        return orthogonalize_batched(updates, splits, settings)
+        group_settings = [newton_schulz_settings(group) for group in self.param_groups]
+        results = orthogonalize_batched(
+            {name: assemble(pieces) for name, pieces in parts.items()},
+            {m.name: m.split for m, _ in plan.owned},
+            {m.name: group_settings[m.group_index] for m, _ in plan.owned},
+            {m.name: self._wire_dtype(m) for m, _ in plan.owned},
+        )
+        for m, _ in plan.owned:
+            beta2 = self.param_groups[m.group_index]["normuon_beta2"]
+            if beta2 is not None:
+                second_momentum = self.state[m.param]["second_momentum_buffer"]
+                results[m.name] = normalize_neurons(results[m.name], second_momentum, m.split, beta2=beta2)
+        return results
 
-    def _send_from_owners(self, bucket: list[_Matrix], updates: Mapping[str, Tensor]) -> Exchange:
-        """Send each rank its shard of a sharded update and the whole of a replicated one."""
-        outgoing: list[list[Outgoing]] = [[] for _ in range(self.num_ranks)]
-        incoming: list[list[Incoming]] = [[] for _ in range(self.num_ranks)]
-        for m in bucket:
-            incoming[m.owner].append((m.local_shape(self.rank, self.num_ranks), self._wire_dtype(m)))
-            if m.owner != self.rank:
-                continue
-            for rank in range(self.num_ranks):
-                update = updates[m.name]
-                if m.shard_dim is not None:
-                    start, stop = m.local_range(rank, self.num_ranks)
-                    update = update.narrow(m.shard_dim, start, stop - start)
-                outgoing[rank].append((update, self._wire_dtype(m)))
-        return Exchange(outgoing, incoming, self.process_group, self._device)
+    def _send_from_owners(self, plan: FromOwners, updates: Mapping[str, Tensor]) -> Pending | None:
+        """Send every rank its part of each update."""
+        if plan.exchange is None:
+            return None
+        return self._start(plan.exchange, [part.of(updates[m.name]) for m, part in plan.sent])
 
-    def _apply(self, bucket: list[_Matrix], returned: Exchange) -> None:
-        arrived = returned.wait()
-        for m in bucket:
-            is_cut_along_split = m.shard_dim == m.split.dim
-            apply_update_(
-                _local(m.param),
-                next(arrived[m.owner]),
-                split=m.split,
-                start=m.local_range(self.rank, self.num_ranks)[0] if is_cut_along_split else 0,
-                **step_settings(self.param_groups[m.group_index], m.name, m.param.shape),
-            )
+    def _apply(self, plan: FromOwners, updates: Mapping[str, Tensor], returned: Pending | None) -> None:
+        arrived = zip(plan.arriving, returned.wait() if returned is not None else [], strict=True)
+        # By group: parameters, updates, where they stand.
+        work: dict[int, tuple[list[Tensor], list[Tensor], list[Placement]]] = {}
+        for m, update in [*arrived, *((m, part.of(updates[m.name])) for m, part in plan.kept)]:
+            local, dim = _local(m.param), m.split.dim
+            # Of a convolution kernel (out, in, k), in * k columns of the matrix are in entries of dim 1.
+            scale = m.shape[dim] // m.param.shape[dim]
+            params, pieces, placements = work.setdefault(m.group_index, ([], [], []))
+            for offset, start, size in m.layout.part(self.rank).sections(dim):
+                is_all = size == update.shape[dim]
+                params.append(local if is_all else local.narrow(dim, offset // scale, size // scale))
+                pieces.append(update if is_all else update.narrow(dim, offset, size))
+                placements.append(Placement(m.split, m.shape, start))
+        for group_index, (params, pieces, placements) in work.items():
+            apply_updates_(params, pieces, placements, **step_settings(self.param_groups[group_index]))
 
-    def _advance_momentum(self, matrix: _Matrix, grad: Tensor | None) -> Tensor:
-        """Average one more gradient in, of a shard or of the whole; returns what is to be orthogonalized."""
-        group = self.param_groups[matrix.group_index]
-        buffer = _local(self.state[matrix.param]["momentum_buffer"])
-        local_grad = torch.zeros_like(buffer) if grad is None else _local(grad)
-        update_momentum_(buffer, local_grad, group["momentum"])
-        return look_ahead(buffer, local_grad, momentum=group["momentum"], nesterov=group["nesterov"])
+    def _advance_momenta(self, grads: Sequence[tuple[Matrix, Tensor | None]]) -> dict[str, Tensor]:
+        """Average one more gradient in, of parts or of wholes; returns what is to be orthogonalized, by name."""
+        by_group: dict[int, list[tuple[Matrix, Tensor | None]]] = {}
+        for m, grad in grads:
+            by_group.setdefault(m.group_index, []).append((m, grad))
+        updates: dict[str, Tensor] = {}
+        for group_index, members in by_group.items():
+            group = self.param_groups[group_index]
+            buffers = [_local(self.state[m.param]["momentum_buffer"]) for m, _ in members]
+            local_grads = [
+                torch.zeros_like(buffer) if grad is None else _local(grad).view_as(buffer)
+                for buffer, (_, grad) in zip(buffers, members, strict=True)
+            ]
+            advanced = advance_momenta_(buffers, local_grads, momentum=group["momentum"], nesterov=group["nesterov"])
+            updates |= {m.name: as_matrix(update) for (m, _), update in zip(members, advanced, strict=True)}
+        return updates
 
-    def _wire_dtype(self, matrix: _Matrix) -> torch.dtype:
-        ns_dtype = self.param_groups[matrix.group_index]["ns_dtype"]
-        return ns_dtype if ns_dtype.itemsize <= matrix.param.dtype.itemsize else matrix.param.dtype
+    def _wire_dtype(self, m: Matrix) -> torch.dtype:
+        return update_dtype(m.param.dtype, self.param_groups[m.group_index]["ns_dtype"])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load as torch does, and keep the momentum that belongs on this rank.
@@ -384,24 +347,16 @@ class DistributedMuon(Muon):
                 it. Some of the state is replaced by then.
         """
         super().load_state_dict(state_dict)
-        for matrix in self._matrices:
-            if not self._holds_momentum(matrix):
-                self.state[matrix.param] = {}
-            elif "momentum_buffer" not in self.state[matrix.param]:
+        for m in self._matrices:
+            if not self._keeps_momentum(m):
+                self.state[m.param] = {}
+            elif "momentum_buffer" not in self.state[m.param]:
                 raise ValueError(
-                    f"the state dict holds no momentum of '{matrix.name}', which rank {self.rank} of {self.num_ranks} "
+                    f"the state dict holds no momentum of '{m.name}', which rank {self.rank} of {self.num_ranks} "
                     "owns; another rank or number of ranks saved it: save and load named_state() with DCP instead"
                 )
-
-
-def _has_gradient(matrix: _Matrix) -> bool:
-    grad = matrix.param.grad
-    if isinstance(grad, DTensor) and isinstance(matrix.param, DTensor) and grad.placements != matrix.param.placements:
-        raise ValueError(
-            f"the gradient of '{matrix.name}' is placed as {tuple(grad.placements)} but the parameter as "
-            f"{tuple(matrix.param.placements)}; redistribute the gradient before step()"
-        )
-    return grad is not None
+            elif m.owner != self.rank:
+                self.state[m.param].pop("second_momentum_buffer", None)
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -40,6 +40,31 @@ def assign_owners(costs: Mapping[str, int], num_ranks: int) -> dict[str, int]:
     return {name: owners[name] for name in costs}
 
 
+# Two of each kind, so that one is orthogonalized while the other travels; more would cut the batches of equal shapes
+# into pieces.
+NUM_BUCKETS = 2
+
+
+def assign_buckets(
+    costs: Mapping[str, int], owners: Mapping[str, int], is_replicated: Mapping[str, bool], num_ranks: int
+) -> dict[str, int]:
+    """Divide what each rank owns among a few buckets, replicated matrices before sharded ones, which arrive meanwhile.
+
+    Returns:
+        The bucket by name, from 0 to 3; all 0 where there is one rank, and nothing travels.
+    """
+    if num_ranks == 1:
+        return dict.fromkeys(costs, 0)
+    shares: dict[tuple[int, bool], dict[str, int]] = {}
+    for name, cost in costs.items():
+        shares.setdefault((owners[name], is_replicated[name]), {})[name] = cost
+    buckets: dict[str, int] = {}
+    for (_, replicated), share in shares.items():
+        first = 0 if replicated else NUM_BUCKETS
+        buckets |= {name: first + bucket for name, bucket in assign_owners(share, NUM_BUCKETS).items()}
+    return buckets
+
+
 def plan_hash(rows: Iterable[Any]) -> str:
     """A fingerprint of a plan, the same on every rank, Python and machine; rows are of plain JSON values."""
     return hashlib.sha256(json.dumps(list(rows), sort_keys=True).encode()).hexdigest()

@@ -4,10 +4,9 @@ Functions whose name ends in an underscore write to their first argument, the ot
 """
 
 import math
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -16,6 +15,7 @@ from muonrec.optim.newton_schulz import Coefficients, orthogonalize
 
 # R = rows, C = columns of a parameter taken as a matrix
 
+NORMUON_EPS = 1e-10  # of the authors' code; a neuron that never moved stays where it is
 ADJUST_LR_FNS = ("original", "match_rms_adamw", "spectral_unclamped")
 
 
@@ -42,6 +42,20 @@ class Split:
             raise ValueError(f"Split along dim {self.dim}; use 0 for blocks of rows or 1 for blocks of columns")
         if not self.sizes or min(self.sizes) < 1:
             raise ValueError(f"Split into sizes {self.sizes}; give at least one size, each of 1 or more")
+
+    @classmethod
+    def heads(cls, num_heads: int, shape: Sequence[int], *, dim: int = 0, transposed: bool = False) -> "Split":
+        """A block per attention head; for q, k and v in one projection, ``num_heads`` is three times that of one.
+
+        Raises:
+            ValueError: the heads do not divide the matrix evenly.
+        """
+        if num_heads < 1 or shape[dim] % num_heads:
+            raise ValueError(
+                f"{num_heads} heads do not divide dim {dim} of a matrix {' x '.join(map(str, shape))}; "
+                "give the sizes of uneven blocks to Split itself"
+            )
+        return cls(dim, (shape[dim] // num_heads,) * num_heads, transposed)
 
     @classmethod
     def even(cls, num_blocks: int, shape: Sequence[int], *, dim: int = 0) -> "Split":
@@ -105,51 +119,60 @@ def look_ahead(buffer: Tensor, grad: Tensor, *, momentum: float, nesterov: bool)
 
 
 def orthogonalize_blocks(
-    update_RC: Tensor, split: Split, *, coefficients: Sequence[Coefficients], eps: float, dtype: torch.dtype
+    update_RC: Tensor,
+    split: Split,
+    *,
+    coefficients: Sequence[Coefficients],
+    eps: float,
+    dtype: torch.dtype,
+    gram: bool = False,
 ) -> Tensor:
     """Orthogonalize each block of one matrix by itself."""
-    blocks = [orthogonalize(block, coefficients, eps, dtype) for block in update_RC.split(split.sizes, split.dim)]
+    blocks = [orthogonalize(block, coefficients, eps, dtype, gram) for block in update_RC.split(split.sizes, split.dim)]
     return blocks[0] if len(blocks) == 1 else torch.cat(blocks, split.dim)
 
 
-def orthogonalize_batched(
-    updates: Mapping[str, Tensor], splits: Mapping[str, Split], settings: Mapping[str, Mapping[str, Any]]
-) -> dict[str, Tensor]:
-    """``orthogonalize_blocks`` of many matrices, with blocks of equal shapes and settings in one batch.
+def update_dtype(param_dtype: torch.dtype, ns_dtype: torch.dtype) -> torch.dtype:
+    """The narrower of the two, in which an orthogonalized update is kept and sent: the iteration yields no more."""
+    return ns_dtype if ns_dtype.itemsize <= param_dtype.itemsize else param_dtype
 
-    Matrices of a recommender are small, and launching them one by one costs more than multiplying them.
+
+# Neurons: the rows of a matrix (out, in), the columns of a transposed one.
+
+
+def second_momentum_shape(split: Split, shape: tuple[int, int]) -> tuple[int, int]:
+    """Shape of NorMuon's running average: along the neurons, and one for each block that has all of them."""
+    neurons_dim = 1 if split.transposed else 0
+    others = 1 if split.dim == neurons_dim else len(split.sizes)
+    return (shape[0], others) if neurons_dim == 0 else (others, shape[1])
+
+
+def normalize_neurons(update_RC: Tensor, second_momentum: Tensor, split: Split, *, beta2: float) -> Tensor:
+    """Divide each neuron's update by the root of its running mean square, and keep each block's norm (NorMuon).
+
+    Li et al. 2025, arXiv 2510.05491, algorithm 1. The bias of the first steps cancels, since the norm is kept.
 
     Args:
-        updates: ``(R, C)`` by name. Not modified.
-        splits: by name.
-        settings: by name, the keyword arguments of ``orthogonalize``.
+        update_RC: whole and orthogonalized. Not modified.
+        second_momentum: of ``second_momentum_shape``; it is moved on by one step.
+        split: the blocks, each normalized by itself.
+        beta2: how much of the running average is kept each step.
+
+    Returns:
+        ``(R, C)``, dtype of the update; computed in that of ``second_momentum``.
     """
-    batches: dict[Any, list[tuple[str, int]]] = defaultdict(list)
-    blocks = {}
-    for name, update_RC in updates.items():
-        for i, block in enumerate(update_RC.split(splits[name].sizes, splits[name].dim)):
-            # Tall ones are laid on their side, as the iteration would do by itself, to share a batch with the wide.
-            wide = block.mT if block.shape[0] > block.shape[1] else block
-            blocks[name, i] = wide
-            batches[wide.shape, wide.dtype, str(settings[name])].append((name, i))
-
-    for keys in batches.values():
-        if len(keys) == 1:
-            # As a matrix, not as a batch of one: torch's Muon multiplies so, and equal bits are easier to debug.
-            blocks[keys[0]] = orthogonalize(blocks[keys[0]], **settings[keys[0][0]])
-        else:
-            batch = orthogonalize(torch.stack([blocks[key] for key in keys]), **settings[keys[0][0]])
-            blocks |= zip(keys, batch.unbind(), strict=True)
-
-    results = {}
-    for name, update_RC in updates.items():
-        split = splits[name]
-        shapes = split.shapes((update_RC.shape[0], update_RC.shape[1]))
-        upright = [
-            blocks[name, i].mT if rows > columns else blocks[name, i] for i, (rows, columns) in enumerate(shapes)
-        ]
-        results[name] = upright[0] if len(upright) == 1 else torch.cat(upright, split.dim)
-    return results
+    inputs_dim = 0 if split.transposed else 1
+    are_neurons_split = split.dim != inputs_dim
+    blocks = []
+    for i, ((start, stop), block) in enumerate(
+        zip(split.ranges(), update_RC.split(split.sizes, split.dim), strict=True)
+    ):
+        average = second_momentum.narrow(split.dim, *((start, stop - start) if are_neurons_split else (i, 1)))
+        block = block.to(average.dtype)
+        average.lerp_(block.square().mean(inputs_dim, keepdim=True), 1 - beta2)
+        normalized = block / (average.sqrt() + NORMUON_EPS)
+        blocks.append(normalized * (block.norm() / (normalized.norm() + NORMUON_EPS)))
+    return (blocks[0] if len(blocks) == 1 else torch.cat(blocks, split.dim)).to(update_RC.dtype)
 
 
 def adjust_lr(lr: float, adjust_lr_fn: str | None, shape: tuple[int, int]) -> float:
@@ -173,12 +196,45 @@ def adjust_lr(lr: float, adjust_lr_fn: str | None, shape: tuple[int, int]) -> fl
     raise ValueError(f"adjust_lr_fn is {adjust_lr_fn!r}; use one of {', '.join(ADJUST_LR_FNS)}")
 
 
+@lru_cache(maxsize=4096)
+def scaled_ranges(
+    split: Split, shape: tuple[int, int], adjust_lr_fn: str | None, start: int, size: int
+) -> tuple[tuple[int, int, float], ...]:
+    """``(first, last, scale)`` along ``split.dim`` of each stretch of a shard whose learning rate has one scale.
+
+    Args:
+        split: the blocks of the whole matrix.
+        shape: ``(R, C)`` of the whole matrix.
+        adjust_lr_fn: see ``adjust_lr``.
+        start: where along ``split.dim`` the shard begins.
+        size: how long it is there.
+    """
+    ranges: list[tuple[int, int, float]] = []
+    for (block_start, block_stop), block_shape in zip(split.ranges(), split.shapes(shape), strict=True):
+        first, last = max(block_start - start, 0), min(block_stop - start, size)
+        if first >= last:
+            continue
+        scale = adjust_lr(1.0, adjust_lr_fn, block_shape[::-1] if split.transposed else block_shape)
+        if ranges and ranges[-1][2] == scale:
+            first = ranges.pop()[0]
+        ranges.append((first, last, scale))
+    return tuple(ranges)
+
+
+def on_device(lr: float | Tensor, device: torch.device) -> float | Tensor:
+    """The rate as it can be multiplied with tensors of a device; no wait for it, if it lies there or on the CPU."""
+    if not isinstance(lr, Tensor):
+        return lr
+    return lr.reshape(()) if lr.device == device else lr.item()
+
+
 def apply_update_(
     param: Tensor,
     update_RC: Tensor,
     *,
-    lr: float,
+    lr: float | Tensor,
     weight_decay: float,
+    cautious: bool = False,
     adjust_lr_fn: str | None,
     split: Split,
     shape: tuple[int, int],
@@ -189,21 +245,33 @@ def apply_update_(
     Args:
         param: the whole parameter, or one shard of it; of any memory format.
         update_RC: orthogonalized, of the shape of ``param`` taken as a matrix.
-        lr: the learning rate before it is adjusted. Weight decay is decoupled and uses it as it is, as in torch.
+        lr: the learning rate before it is adjusted. Weight decay is decoupled and uses it as it is, as in torch. A
+            tensor on the parameter's device is never read by the host, and gives what a float gives up to rounding.
         weight_decay: fraction of the parameter that ``lr`` is multiplied with.
+        cautious: decay only the numbers that the update does not move away from zero (arXiv 2510.12402).
         adjust_lr_fn: see ``adjust_lr``.
         split: the blocks of the whole matrix.
         shape: ``(R, C)`` of the whole matrix.
         start: where along ``split.dim`` this shard begins.
     """
-    param.mul_(1 - lr * weight_decay)
     param_RC = as_matrix(param)
-    size = param_RC.shape[split.dim]
-    for (block_start, block_stop), block_shape in zip(split.ranges(), split.shapes(shape), strict=True):
-        first, last = max(block_start - start, 0), min(block_stop - start, size)
-        if first < last:
-            alpha = -adjust_lr(lr, adjust_lr_fn, block_shape[::-1] if split.transposed else block_shape)
-            block_of_update = update_RC.narrow(split.dim, first, last - first)
-            param_RC.narrow(split.dim, first, last - first).add_(block_of_update, alpha=alpha)
-    if param_RC.untyped_storage().data_ptr() != param.untyped_storage().data_ptr():
-        param.copy_(param_RC.view(param.shape))  # channels_last: the matrix was a copy
+    lr = on_device(lr, param.device)
+    kept = 1 - lr * weight_decay
+    if cautious:
+        param_RC.copy_(torch.where(param_RC * update_RC >= 0, param_RC * kept, param_RC))
+    else:
+        param_RC.mul_(kept)
+    for first, last, scale in scaled_ranges(split, shape, adjust_lr_fn, start, param_RC.shape[split.dim]):
+        block = param_RC.narrow(split.dim, first, last - first)
+        block_of_update = update_RC.narrow(split.dim, first, last - first)
+        if isinstance(lr, Tensor):
+            block.sub_(block_of_update.to(block.dtype) * (lr * scale))
+        else:
+            block.add_(block_of_update, alpha=-(lr * scale))
+    restore_(param, param_RC)
+
+
+def restore_(param: Tensor, param_RC: Tensor) -> None:
+    """Write the matrix back to the parameter, where it may not be a view of it: channels_last."""
+    if param.ndim > 2 and not param.is_contiguous():
+        param.copy_(param_RC.view(param.shape))

@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from muonrec.optim.ownership import assign_owners, newton_schulz_cost, plan_hash, shard_range
+from muonrec.optim.ownership import assign_buckets, assign_owners, newton_schulz_cost, plan_hash, shard_range
 
 
 def test_the_longest_goes_first_to_the_least_loaded():
@@ -27,6 +27,60 @@ def test_loads_are_within_four_thirds_of_even():
     owners = assign_owners(costs, 8)
     loads = [sum(cost for name, cost in costs.items() if owners[name] == rank) for rank in range(8)]
     assert max(loads) <= 4 / 3 * sum(loads) / 8
+
+
+def _cost(*blocks):
+    return sum(newton_schulz_cost(block, 5) for block in blocks)
+
+
+# Costs by tower. HSTU: 40 layers of u, v, q and k in one matrix and an output, at two widths.
+TOWERS = {
+    "hstu": [
+        cost
+        for width in (256, 512)
+        for _ in range(20)
+        for cost in (_cost(*[(width, width)] * 4), _cost((width, width)))
+    ],
+    # Attention in three blocks, outputs and feed-forwards of three widths, gates of a GRU, convolutions, a deep MLP.
+    "mixed": [
+        cost
+        for width in (64, 256, 1024)
+        for _ in range(12)
+        for cost in (_cost(*[(width, width)] * 3), _cost((width, width)), _cost((4 * width, width)))
+    ]
+    + [_cost(*[(512, 512)] * 3)] * 4
+    + [_cost((256, 256 * 5))] * 6
+    + [_cost((2048, 1024)), _cost((1024, 512)), _cost((512, 256))],
+}
+
+
+@pytest.mark.parametrize("tower", TOWERS)
+def test_no_owner_of_sixty_four_has_a_tenth_more_than_it_must(tower):
+    costs = {f"layer{i}": cost for i, cost in enumerate(TOWERS[tower])}
+    assert tower != "hstu" or len(costs) == 80
+    loads = [0] * 64
+    for name, owner in assign_owners(costs, 64).items():
+        loads[owner] += costs[name]
+    # One rank has the largest; of 65 matrices two share a rank; and the mean is what all have together.
+    ordered = sorted(costs.values(), reverse=True)
+    assert max(loads) <= 1.1 * max(sum(loads) / 64, ordered[0], ordered[63] + ordered[64])
+
+
+def test_buckets_are_few_even_and_of_one_kind():
+    costs = {f"layer{i}": 1 + i % 3 for i in range(90)}
+    is_replicated = {name: i % 2 == 0 for i, name in enumerate(costs)}
+    owners = assign_owners(costs, 4)
+    buckets = assign_buckets(costs, owners, is_replicated, 4)
+    assert set(buckets.values()) == {0, 1, 2, 3}
+    assert all((bucket < 2) == is_replicated[name] for name, bucket in buckets.items())
+    for owner in range(4):
+        for first in (0, 2):
+            loads = [
+                sum(costs[name] for name in costs if owners[name] == owner and buckets[name] == first + i)
+                for i in (0, 1)
+            ]
+            assert abs(loads[0] - loads[1]) <= 3
+    assert set(assign_buckets(costs, owners, is_replicated, 1).values()) == {0}
 
 
 def test_fewer_matrices_than_ranks_and_none_at_all():

@@ -13,7 +13,6 @@ from muonrec.optim.update import (
     as_matrix,
     look_ahead,
     matrix_shape,
-    orthogonalize_batched,
     orthogonalize_blocks,
     update_momentum_,
     whole,
@@ -65,22 +64,6 @@ def test_blocks_are_orthogonalized_by_themselves(dim, sizes):
     found = orthogonalize_blocks(update_RC, Split(dim, sizes), **options)
     expected = [orthogonalize(block, **options) for block in update_RC.split(sizes, dim)]
     assert torch.equal(found, torch.cat(expected, dim))
-
-
-def test_a_batch_of_many_shapes_equals_one_by_one():
-    shapes = {"a": (4, 6), "b": (6, 4), "c": (4, 6), "d": (5, 5), "rows": (12, 6), "columns": (4, 12), "other": (4, 6)}
-    splits = {name: whole(shape) for name, shape in shapes.items()}
-    splits |= {"rows": Split(0, (4, 5, 3)), "columns": Split(1, (6, 6))}
-    updates = {name: _random(*shape, seed=i) for i, (name, shape) in enumerate(shapes.items())}
-    settings = {
-        name: {"coefficients": JORDAN_COEFFICIENTS[: 3 if name == "other" else 5], "eps": 1e-7, "dtype": torch.float64}
-        for name in shapes
-    }
-    found = orthogonalize_batched(updates, splits, settings)
-    for name in shapes:
-        expected = orthogonalize_blocks(updates[name], splits[name], **settings[name])
-        # Rounding of float64, amplified by at most 485.
-        torch.testing.assert_close(found[name], expected, atol=1e-12, rtol=0)
 
 
 def test_each_block_moves_by_the_rate_of_its_own_shape():
@@ -148,6 +131,13 @@ def test_what_is_not_a_matrix_is_named(shape):
 def test_even_split():
     assert Split.even(3, (12, 5)) == Split(0, (4, 4, 4))
     assert Split(1, [2, 3]).ranges() == [(0, 2), (2, 5)]
+
+
+def test_a_block_per_head():
+    assert Split.heads(3, (12, 5)) == Split(0, (4, 4, 4))
+    assert Split.heads(2, (5, 12), dim=1, transposed=True) == Split(1, (6, 6), transposed=True)
+    with pytest.raises(ValueError, match="5 heads do not divide dim 0 of a matrix 12 x 5; give the sizes of uneven"):
+        Split.heads(5, (12, 5))
 
 
 def test_a_split_that_does_not_add_up_is_named():
