@@ -1,13 +1,14 @@
 """Milliseconds of an optimizer step on stated towers against `torch.optim.Muon`, and how orthogonal the updates are.
 
-python -m benchmarks.optimizer [--quick] [--towers sasrec-64 mixed] [--ranks 1 2 4] [--json out/optimizer.json]
-    [--other package.module:Class '{"lr": 0.01}'] [--kernels]
+python -m benchmarks.optimizer [--quick] [--towers sasrec-64 mixed] [--ranks 1 2 4] [--threads 1]
+    [--json out/optimizer.json] [--other package.module:Class '{"lr": 0.01}'] [--kernels]
 
 Every contestant steps in turn in the same processes, so that other work on the machine meets all alike: a ratio is the
-median over the rounds of torch's seconds by the contestant's in the same round. On several ranks (gloo, the cores dealt
-out to them) each holds the whole tower, as under DDP; a step lasts until the slowest rank has made it. The errors are
-of the first update, divided by the learning rate and the shape's scale, in float64, the worst of the tower: of
-orthogonality `||U U^T - I|| / sqrt(r)` and of what torch does, `||U - U_torch|| / ||U_torch||`.
+median over the rounds of torch's seconds by the contestant's in the same round. "processor" is time of the processor on
+rank 0, which other work prolongs less; with `--threads 1` its ratio can be trusted on a busy machine, too. On several
+ranks (gloo, the cores dealt out to them) each holds the whole tower, as under DDP; a step lasts until the slowest rank
+has made it. The errors are of the first update, divided by the learning rate and the shape's scale, in float64, the
+worst of the tower: of orthogonality `||U U^T - I|| / sqrt(r)` and of what torch does, `||U - U_torch|| / ||U_torch||`.
 """
 
 from __future__ import annotations
@@ -90,6 +91,7 @@ def main() -> None:
     parser.add_argument("--towers", nargs="+", choices=TOWERS)
     parser.add_argument("--ranks", type=int, nargs="+")
     parser.add_argument("--rounds", type=int)
+    parser.add_argument("--threads", type=int, help="of each rank; by default the cores are dealt out")
     parser.add_argument("--other", nargs=2, action="append", default=[], metavar=("MODULE:CLASS", "JSON"))
     parser.add_argument("--kernels", action="store_true", help="measure what the cost model of batches is made of")
     parser.add_argument("--json", type=Path)
@@ -107,7 +109,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for num_ranks in ranks:
         for tower in towers:
-            found = run_on_ranks(num_ranks, tower, contestants, rounds)
+            found = run_on_ranks(num_ranks, options.threads, tower, contestants, rounds)
             print_rows(console, tower, num_ranks, found)
             rows += [{"tower": tower, "ranks": num_ranks, **row} for row in found]
     owners = owner_loads(num_ranks=64)
@@ -128,18 +130,26 @@ def main() -> None:
 # Steps ----------------------------------------------------------------------------------------------------------------
 
 
-def run_on_ranks(num_ranks: int, tower: str, contestants: dict[str, Contestant], rounds: int) -> list[dict[str, Any]]:
+def run_on_ranks(
+    num_ranks: int, num_threads: int | None, tower: str, contestants: dict[str, Contestant], rounds: int
+) -> list[dict[str, Any]]:
     """Time one tower in fresh processes; the rows of its table."""
     with tempfile.TemporaryDirectory() as folder:
-        arguments = (num_ranks, folder, tower, contestants, rounds)
+        arguments = (num_ranks, num_threads, folder, tower, contestants, rounds)
         torch.multiprocessing.spawn(_run_rank, arguments, nprocs=num_ranks)  # type: ignore[attr-defined]
         return json.loads((Path(folder) / "rows.json").read_text())
 
 
 def _run_rank(
-    rank: int, num_ranks: int, folder: str, tower: str, contestants: dict[str, Contestant], rounds: int
+    rank: int,
+    num_ranks: int,
+    num_threads: int | None,
+    folder: str,
+    tower: str,
+    contestants: dict[str, Contestant],
+    rounds: int,
 ) -> None:
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // num_ranks))
+    torch.set_num_threads(num_threads or max(1, (os.cpu_count() or 1) // num_ranks))
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=num_ranks)
     try:
         rows = time_tower(TOWERS[tower](), contestants, rounds)
@@ -157,10 +167,13 @@ def time_tower(shapes: Sequence[Shape], contestants: dict[str, Contestant], roun
         step()
 
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    processor_seconds: dict[str, list[float]] = {name: [] for name in contestants}
     started = time.perf_counter()
     for i in range(rounds):
         for name, step in steps.items():
-            seconds[name].append(timed(step))
+            wall_s, processor_s = timed(step)
+            seconds[name].append(wall_s)
+            processor_seconds[name].append(processor_s)
         is_late = torch.tensor(time.perf_counter() - started > SECONDS_PER_TOWER)
         dist.broadcast(is_late, 0)
         if is_late and i + 1 >= FEWEST_ROUNDS:
@@ -176,6 +189,10 @@ def time_tower(shapes: Sequence[Shape], contestants: dict[str, Contestant], roun
                 "ms": 1000 * median,
                 "quartiles_ms": [1000 * low, 1000 * high],
                 "ratio": statistics.median(a / b for a, b in zip(seconds[TORCH], found, strict=True)),
+                "processor_ms": 1000 * statistics.median(processor_seconds[name]),
+                "processor_ratio": statistics.median(
+                    a / b for a, b in zip(processor_seconds[TORCH], processor_seconds[name], strict=True)
+                ),
                 "rounds": len(found),
                 "orthogonality_error": max(map(orthogonality_error, updates[name])) if is_muon else None,
                 "from_torch": max(map(distance, updates[name], updates[TORCH])) if is_muon else None,
@@ -227,14 +244,15 @@ def distance(update_RC: Tensor, expected_RC: Tensor) -> float:
     return ((update_RC - expected_RC).norm() / expected_RC.norm()).item()
 
 
-def timed(step: Callable[[], Any]) -> float:
-    """Seconds until the slowest rank has stepped."""
+def timed(step: Callable[[], Any]) -> tuple[float, float]:
+    """Seconds until the slowest rank has stepped, and seconds of the processor on this rank."""
     dist.barrier()
-    start = time.perf_counter()
+    start, processor_start = time.perf_counter(), time.process_time()
     step()
+    processor_s = time.process_time() - processor_start
     seconds = torch.tensor(time.perf_counter() - start)
     dist.all_reduce(seconds, dist.ReduceOp.MAX)
-    return seconds.item()
+    return seconds.item(), processor_s
 
 
 # Owners ---------------------------------------------------------------------------------------------------------------
@@ -314,7 +332,15 @@ def print_rows(console: Console, tower: str, num_ranks: int, rows: Sequence[dict
         title=f"{tower}: {len(shapes)} matrices, {ranks}, medians of {rows[0]['rounds']}", title_justify="left"
     )
     table.add_column("optimizer", no_wrap=True, min_width=20)
-    for column in ("ms", "quartiles", "torch / this", "orthogonality error", "from torch's"):
+    for column in (
+        "ms",
+        "quartiles",
+        "torch / this",
+        "processor ms",
+        "torch / this",
+        "orthogonality error",
+        "from torch's",
+    ):
         table.add_column(column, justify="right", no_wrap=True)
     for row in rows:
         low, high = row["quartiles_ms"]
@@ -324,6 +350,8 @@ def print_rows(console: Console, tower: str, num_ranks: int, rows: Sequence[dict
             f"{row['ms']:.2f}",
             f"{low:.2f}-{high:.2f}",
             f"{row['ratio']:.2f} x",
+            f"{row['processor_ms']:.2f}",
+            f"{row['processor_ratio']:.2f} x",
             *("" if error is None else f"{error:.4f}" for error in errors),
         )
     console.print(table)

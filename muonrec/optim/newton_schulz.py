@@ -113,8 +113,11 @@ def iterate_(x_RC: Tensor, coefficients: Sequence[Coefficients], eps: float, *, 
     multiply, multiply_add = (torch.mm, torch.addmm) if x_RC.ndim == 2 else (torch.bmm, torch.baddbmm)
     x_RC = x_RC if x_RC.ndim <= 3 else x_RC.flatten(0, -3)
     # The same buffers for all iterations: fresh memory for each product costs a third more (CPU, batch of 128 x 128).
-    gram_RR = x_RC.new_empty(*x_RC.shape[:-1], x_RC.shape[-2])
-    polynomial_RR, next_RC = torch.empty_like(gram_RR), x_RC.new_empty(x_RC.shape)
+    # A square X takes the place of its Gram matrix, so that more of a batch stays in the cache.
+    is_square = x_RC.shape[-2] == x_RC.shape[-1]
+    next_RC = x_RC.new_empty(x_RC.shape)
+    gram_RR = next_RC if is_square else x_RC.new_empty(*x_RC.shape[:-1], x_RC.shape[-2])
+    polynomial_RR = torch.empty_like(gram_RR)
     in_pairs = gram and needs_fewer_operations_as_gram((x_RC.shape[-2], x_RC.shape[-1]))
     left = list(coefficients)
     while left:
@@ -135,6 +138,7 @@ def iterate_(x_RC: Tensor, coefficients: Sequence[Coefficients], eps: float, *, 
         # A tall matrix on its side is no buffer to write to: products into columns round otherwise than torch's.
         spare_RC = x_RC if x_RC.is_contiguous() else torch.empty_like(next_RC)
         x_RC, next_RC = next_RC, spare_RC
+        gram_RR = next_RC if is_square else gram_RR
     return x_RC.reshape(*batch_shape, *x_RC.shape[-2:])
 
 
