@@ -35,6 +35,7 @@ _LOOK_EVERY_S = 1.0
 # Without a step for so long, every rank writes its stacks to the log; half of what a collective waits (muonrec.mesh).
 _HANGS_AFTER_S = 300.0
 _GO_ON, _STOP, _SUPERSEDED = 0, 1, 2
+_JOB = "SLURM_JOB_ID"
 
 
 class StopRequested(SystemExit):
@@ -46,6 +47,16 @@ class StopRequested(SystemExit):
 
 class Superseded(ValueError):
     """Another start of the same run has taken it over; this one must not write any more."""
+
+
+class StoodDown(SystemExit):
+    """The same, where SLURM itself started the job again: status 0.
+
+    A failure would make the script of this copy, which may live on beyond its node's daemon, requeue the job once more.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(0)
 
 
 class Lease:
@@ -69,12 +80,13 @@ class Lease:
         before = self._read()
         past = before.get("past", [])
         if self._launch in past:
-            raise self.superseded()
+            raise self.end_of_it()
         if before.get("launch") not in (None, self._launch):
             past = [*past, before["launch"]][-50:]
         self._path.parent.mkdir(parents=True, exist_ok=True)
         partial = self._path.with_name(f".lease.{self._holder}")
-        facts = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+        facts: dict[str, Any] = {"host": socket.gethostname(), "pid": os.getpid(), "job": os.environ.get(_JOB)}
+        facts["since"] = time.strftime("%Y-%m-%dT%H:%M:%S%z")
         partial.write_text(json.dumps({"holder": self._holder, "launch": self._launch, "past": past, **facts}) + "\n")
         partial.replace(self._path)
 
@@ -82,9 +94,12 @@ class Lease:
         """Whether nobody has taken it since."""
         return self._read().get("holder") == self._holder
 
-    def superseded(self) -> Superseded:
+    def end_of_it(self) -> Superseded | StoodDown:
         """What to raise when it is not."""
         now = self._read()
+        if now.get("job") is not None and now["job"] == os.environ.get(_JOB):
+            logger.warning("SLURM has started job %s again, on %s; this copy of it ends", now["job"], now["host"])
+            return StoodDown()
         by = f"process {now['pid']} on {now['host']} at {now['since']}" if now else "nobody: the file is gone"
         return Superseded(
             f"{self._path.parent} was taken over by {by}; this copy of the run ends and writes nothing more. "
@@ -135,7 +150,7 @@ class Supervision:
         previous, self._pending = self._pending, self._reduce(mine)
         verdict = _GO_ON if previous is None else self._wait(previous)
         if verdict == _SUPERSEDED:
-            raise self._lease.superseded()
+            raise self._lease.end_of_it()
         return verdict == _STOP
 
     def check_lease(self) -> None:
@@ -165,13 +180,13 @@ class Supervision:
     def _taken(self) -> int:
         try:
             self._lease.take()
-        except Superseded:
+        except (Superseded, StoodDown):
             return _SUPERSEDED
         return _GO_ON
 
     def _agree(self, mine: int) -> None:
         if self._wait(self._reduce(mine)) == _SUPERSEDED:
-            raise self._lease.superseded()
+            raise self._lease.end_of_it()
 
     def _reduce(self, mine: int) -> tuple[torch.Tensor, Any]:
         verdict = torch.tensor(mine)

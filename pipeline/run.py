@@ -9,6 +9,7 @@ import json
 import logging
 import shlex
 import signal
+import subprocess
 import sys
 import time
 import warnings
@@ -167,7 +168,10 @@ class Driver:
         run = state.stages.get("train", {}).get("run")
         state.write(stage, state="submitting", settings=settings)
         request = self.request(stage, run)
-        handle = self.runner.schedule(request)
+        try:
+            handle = self.runner.schedule(request)
+        except subprocess.CalledProcessError as error:
+            raise OSError(f"{stage} was refused: {shlex.join(error.cmd[:1])} said why above") from None
         facts: dict[str, Any] = {"handle": handle, "replicas": sum(role.num_replicas for role in request.app.roles)}
         if stage == "train":
             # A run that failed goes on in its folder, as another job.

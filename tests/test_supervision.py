@@ -122,8 +122,19 @@ def test_a_superseded_torchrun_does_not_take_the_lease_back_by_restarting_its_ra
     assert new.is_ours()
 
 
+def test_a_job_that_slurm_started_again_ends_well_and_a_different_job_with_an_error(tmp_path, monkeypatch):
+    # A script of TorchX requeues its job after a failure: that of a lost node would requeue the copy that took over.
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    old = Lease(tmp_path)
+    old.take()
+    Lease(tmp_path).take()
+    assert old.end_of_it().code == 0
+    monkeypatch.setenv("SLURM_JOB_ID", "8")
+    assert isinstance(old.end_of_it(), Superseded)
+
+
 def test_a_run_whose_folder_was_deleted_may_not_write(tmp_path):
     lease = Lease(tmp_path)
     lease.take()
     (tmp_path / "lease.json").unlink()
-    assert not lease.is_ours() and "the file is gone" in str(lease.superseded())
+    assert not lease.is_ours() and "the file is gone" in str(lease.end_of_it())
