@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import os
 import shlex
 import signal
 import subprocess
@@ -96,6 +97,9 @@ def run(options: argparse.Namespace) -> None:
         raise ValueError(f"there is no {_COMPONENTS} in {Path.cwd()}; start from the root of the clone")
     if any(override.startswith("output=") for override in options.overrides):
         raise ValueError("output is OUT/<id of the job>, which outlives a restart; pass --out instead of output=")
+    # Jobs of SLURM inherit the environment: one that starts again would truncate its logs.
+    os.environ.setdefault("SLURM_OPEN_MODE", "append")
+    os.environ.setdefault("SBATCH_OPEN_MODE", "append")
     with get_runner(component_defaults=load_sections(prefix="component")) as runner:
         if options.scheduler not in (known := runner.scheduler_backends()):
             raise ValueError(f"--scheduler {options.scheduler} is not known; pass one of {', '.join(known)}")

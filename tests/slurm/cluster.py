@@ -108,6 +108,9 @@ class Cluster:
             "SLURM_CONF": str(root / "slurm.conf"),
             "PATH": os.pathsep.join([str(root / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]]),
             "OMP_NUM_THREADS": "1",
+            # A job that starts again would truncate its logs.
+            "SLURM_OPEN_MODE": "append",
+            "SBATCH_OPEN_MODE": "append",
         }
 
     @classmethod

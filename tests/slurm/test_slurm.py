@@ -18,9 +18,11 @@ pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1200)]
 CONFIG = "configs/demo/sasrec.yaml"
 NUM_STEPS = 240
 DATA = ["data.output=data", "data.source.num_users=600"]
-# Without dropout the losses of other numbers of ranks can be compared; a constant rate, those of other lengths.
+# Without dropout the losses of other numbers of ranks can be compared; a constant rate, those of other lengths. FSDP2:
+# DDP arranges its buckets anew after the first step of every start, so that three or more ranks add in another order.
 SETTINGS = [
     *DATA, "num_epochs=null", f"num_steps={NUM_STEPS}", "log_every_steps=1", "tensorboard=false",
+    "dense_sharding=fsdp2",
     "loss=sampled_softmax", "model.embedding_dim=32", "model.max_length=20", "model.dropout=0.0",
     "schedule={name: constant, warmup_fraction: 0}",
     "validation={every_steps: 120, max_users: 50}", "checkpoints.every_steps=20",
@@ -173,8 +175,10 @@ def test_a_preempted_job_saves_at_once_and_goes_on_from_there(cluster, losses):
 def test_a_lost_node_requeues_the_job(cluster, losses):
     job, run = running(cluster, *TWO_NODES)
     cluster.lose_node(job, "n2")
-    restarted(cluster, job)
-    cluster.start_slurmd("n2")
+    try:
+        restarted(cluster, job)
+    finally:
+        cluster.start_slurmd("n2")
     assert cluster.wait(job) == "COMPLETED"
     assert len(resumed_at(cluster, job)) >= 1 and losses_of(run) == losses
 
@@ -187,13 +191,18 @@ def test_a_copy_that_outlives_its_nodes_daemon_writes_nothing_more(cluster, loss
         assert len(old) >= 3
     finally:
         cluster.call("scontrol", "update", "NodeName=n1", "State=RESUME")
+    lease = run / "lease.json"
+    before = lease.read_text()
     cluster.kill_slurmd("n2")
-    restarted(cluster, job)
-    assert cluster.tasks(job, "n2"), "the daemon's end ended its tasks: nothing is tested"
-    wait_for(lambda: not cluster.tasks(job, "n2"), 180, "the end of the copy on n2")
-    assert f"SLURM has started job {job} again" in cluster.log(job)
-    assert cluster.tasks(job, "n1"), cluster.log(job)[-3000:]
-    cluster.start_slurmd("n2")
+    try:
+        restarted(cluster, job)
+        wait_for(lambda: lease.read_text() != before, 180, "the second copy")
+        assert cluster.workers(job).keys() and cluster.tasks(job, "n2"), "SLURM ended the first copy: nothing is tested"
+        wait_for(lambda: not cluster.tasks(job, "n2"), 60, "the end of the first copy")
+        assert cluster.tasks(job, "n1")
+        assert f"SLURM has started job {job} again" in cluster.log(job)
+    finally:
+        cluster.start_slurmd("n2")
     assert cluster.wait(job) == "COMPLETED"
     assert restarts(cluster, job) == 1
     got = losses_of(run)
@@ -225,6 +234,15 @@ def test_a_job_that_always_fails_stops_after_its_retries_with_the_cause_in_the_l
     assert cluster.wait(job) == "FAILED"
     assert restarts(cluster, job) == 1
     assert "nowhere" in cluster.log(job) and "python -m pipeline.data" in cluster.log(job)
+
+
+def test_a_plain_script_that_always_fails_stops_after_its_retries_too(cluster):
+    job = cluster.call(
+        "sbatch", "--parsable", "--nodes", "1", "--mem", "6G", "--output", "plain-%j.err",
+        "docs/launch/train.sbatch", CONFIG, "data.output=nowhere", OUT="out", PROCS="1", RETRIES="1",
+    ).strip()  # fmt: skip
+    assert cluster.wait(job) == "FAILED" and restarts(cluster, job) == 1
+    assert (cluster.work / f"plain-{job}.err").read_text().count("python -m pipeline.data") >= 2
 
 
 def test_a_job_goes_on_with_another_number_of_nodes(cluster, losses):
