@@ -79,7 +79,7 @@ test-gpu: $(STAMP)  ## the ones that need CUDA
 	$(RUN) python -m pytest -m gpu --timeout 600
 
 test-slurm: $(STAMP)  ## launch for real: a two-node SLURM cluster on this machine (Debian, root), and its faults
-	$(RUN) OMP_NUM_THREADS=1 python -m pytest tests/slurm -m slurm --timeout 1200
+	$(RUN) OMP_NUM_THREADS=1 python -m pytest tests/slurm -m slurm --timeout 1200 --durations 0
 
 check: $(STAMP)  ## ruff, mypy and the import contracts
 	$(VENV)/bin/ruff check .
