@@ -197,10 +197,10 @@ def test_a_copy_that_outlives_its_nodes_daemon_writes_nothing_more(cluster, loss
     try:
         restarted(cluster, job)
         wait_for(lambda: lease.read_text() != before, 180, "the second copy")
-        assert cluster.workers(job).keys() and cluster.tasks(job, "n2"), "SLURM ended the first copy: nothing is tested"
+        # It lived until then, and what it says is lost with its srun, which SLURM has ended.
+        assert cluster.tasks(job, "n2"), "SLURM ended the first copy: nothing is tested"
         wait_for(lambda: not cluster.tasks(job, "n2"), 60, "the end of the first copy")
-        assert cluster.tasks(job, "n1")
-        assert f"SLURM has started job {job} again" in cluster.log(job)
+        assert cluster.tasks(job, "n1"), cluster.log(job)[-3000:]
     finally:
         cluster.start_slurmd("n2")
     assert cluster.wait(job) == "COMPLETED"
