@@ -213,7 +213,7 @@ def test_a_copy_that_outlives_its_nodes_daemon_writes_nothing_more(cluster, loss
 def test_a_job_that_reaches_its_time_limit_has_saved_before(cluster, losses):
     settings = [*SETTINGS, "num_steps=1000000"]
     job, run = running(
-        cluster, *TWO_NODES, step=1, cfg="partition=debug,time=1", settings=settings, SBATCH_SIGNAL="TERM@30"
+        cluster, *TWO_NODES, step=1, cfg="partition=debug,time=2", settings=settings, SBATCH_SIGNAL="TERM@30"
     )  # fmt: skip
     restarted(cluster, job)
     (stopped,) = map(int, re.findall(r"stopped by SIGTERM at step (\d+), which is saved", cluster.log(job)))
