@@ -535,7 +535,6 @@ def make_model(config: TrainConfig, sequences: Sequences, ranks: Ranks) -> tuple
         dense=config.dense_sharding,
         ranks=ranks,
         batch_size=max(config.batch_size // config.accumulate_steps // ranks.num_ranks, 1),
-        accumulates=config.accumulate_steps > 1,
         comms=config.comms,
     )
     initialize_tables(sharded, std={name: table.init_std for name, table in config.tables.items()}, seed=config.seed)

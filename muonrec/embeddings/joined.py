@@ -109,8 +109,8 @@ class AccumulatedStep:
     """What a train pipeline takes for its optimizer: gradients are cleared before the first and used after the last
     micro-batch of a step.
 
-    DDP reduces the gradients with the last micro-batch, if `shard_model` was told that there are several. FSDP2 reduces
-    them with each, since it holds whole gradients until it does.
+    DDP reduces the gradients with the last micro-batch, unless its graph is static. FSDP2 reduces them with each, since
+    it holds whole gradients until it does.
     """
 
     def __init__(self, optimizer: JoinedOptimizer, model: DistributedModelParallel) -> None:

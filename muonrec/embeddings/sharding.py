@@ -40,7 +40,6 @@ def shard_model(
     dense: DenseSharding,
     ranks: Ranks,
     batch_size: int,
-    accumulates: bool = False,
     comms: CommsConfig | None = None,
 ) -> tuple[DistributedModelParallel, ShardingPlan]:
     """Shard the tables of ``model`` by plan, each with its fused optimizer, and the rest by DDP or FSDP2.
@@ -53,7 +52,6 @@ def shard_model(
         dense: what the parameters outside of the tables go through.
         ranks: this rank among the others.
         batch_size: users of one rank, for the planner's estimates.
-        accumulates: several backward passes make up a step, see `AccumulatedStep`.
         comms: precision of the rows and gradients that the ranks exchange; float32 by default.
 
     Raises:
@@ -62,7 +60,10 @@ def shard_model(
     fuse_optimizers(model, tables)
     cast_tables(model, tables)
     plan = make_plan(model, tables, ranks=ranks, batch_size=batch_size, comms=comms)
-    wrapper = DefaultDataParallelWrapper(static_graph=not accumulates) if dense == "ddp" else FSDP2Wrapper()
+    # Otherwise DDP arranges its buckets anew after the first step of every start, so that a resumed run adds up the
+    # gradients of three and more ranks in another order; nor could `AccumulatedStep` leave a reduction out.
+    ddp = DefaultDataParallelWrapper(static_graph=False, find_unused_parameters=True)
+    wrapper = ddp if dense == "ddp" else FSDP2Wrapper()
     sharders = make_sharders(comms or CommsConfig(), ranks.device.type)
     sharded = DistributedModelParallel(
         model, device=ranks.device, plan=plan, sharders=sharders, data_parallel_wrapper=wrapper
