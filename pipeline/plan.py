@@ -6,6 +6,7 @@ smallest change that makes it fit. Needs neither the machines nor the data set.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -47,7 +48,7 @@ def print_plan(
     ranks_per_node: int,
     hbm_gib: float,
     *,
-    host_gib: float = 128,
+    host_gib: float | None = None,
     rows: Mapping[str, int] | None = None,
 ) -> Plan:
     """Print the plan of ``config`` on ``nodes`` of ``ranks_per_node`` ranks with ``hbm_gib`` of memory each.
@@ -57,13 +58,16 @@ def print_plan(
         nodes: machines.
         ranks_per_node: devices of a machine.
         hbm_gib: memory of a device, GiB.
-        host_gib: of the host's memory, what tables of a rank may take, GiB.
+        host_gib: memory of a machine, GiB, which its ranks share alike; None for TorchRec's guess, 128 a rank.
         rows: of the tables, by name; where a table is not named, the manifest of the data set counts.
 
     Raises:
         ValueError: nobody says how many rows a table has, or the settings have no plan on any machine.
     """
     started = time.monotonic()
+    cluster = Cluster(nodes, ranks_per_node, int(hbm_gib * _GIB))
+    if host_gib is not None:
+        cluster = dataclasses.replace(cluster, host_bytes=int(host_gib * _GIB) // ranks_per_node)
     num_items = count_items(config, rows or {})
     loss = NextItemLoss(config.loss.name, temperature=config.loss.temperature)
     model = MODELS[config.model.name](config.model, num_items=num_items, loss=loss)
@@ -71,7 +75,7 @@ def print_plan(
     job = describe_job(
         model,
         config.tables,
-        Cluster(nodes, ranks_per_node, int(hbm_gib * _GIB), int(host_gib * _GIB)),
+        cluster,
         workload=estimate_workload(config, num_items),
         dense_sharding=config.dense_sharding,
         muon=is_muon,

@@ -211,7 +211,9 @@ def main() -> int:
     )
     parser.add_argument("--plan", metavar="NODESxRANKS", help="only print the plan for such machines (16x8)")
     parser.add_argument("--hbm", type=float, default=80, metavar="GIB", help="with --plan: memory of one rank")
-    parser.add_argument("--host", type=float, default=128, metavar="GIB", help="with --plan: of the host's memory")
+    parser.add_argument(
+        "--host", type=float, metavar="GIB", help="with --plan: memory of one node, which its ranks share; 128 a rank"
+    )
     parser.add_argument("--rows", action="append", default=[], metavar="TABLE=COUNT", help="with --plan: table sizes")
     arguments = parser.parse_intermixed_args()  # parse_args refuses key=value after an option
     if arguments.plan is not None:
