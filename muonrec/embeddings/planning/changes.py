@@ -30,11 +30,11 @@ class Change:
 def find_changes(plan: Plan, *, workloads: Sequence[Workload] = ()) -> list[Change]:
     """What was tried to make a plan fit, the smallest changes first, each planned again; empty where it fits.
 
-    First another workload, then what leaves the arithmetic alone (row-wise sharding, FSDP2), then what does not (a
-    row-wise optimizer, float16, for as few tables as suffice), then several at once, then tables in the host's memory,
-    which are slow, and a smaller batch last. The first that fits is the smallest. The fewest nodes that would do,
-    nothing else changed but row-wise sharding, are always worked out, since they are a matter of money; where no
-    settings suffice, with the slimmest tables too.
+    First another workload, then what leaves the arithmetic alone (row-wise sharding, FSDP2, the device's memory where
+    the host's is too small), then what does not (a row-wise optimizer, float16, for as few tables as suffice), then
+    several at once, then tables in the host's memory, which are slow, and a smaller batch last. The first that fits is
+    the smallest. The fewest nodes that would do, nothing else changed but row-wise sharding, are always worked out,
+    since they are a matter of money; where no settings suffice, with the slimmest tables too.
 
     Args:
         plan: of the job as it is.
@@ -51,6 +51,8 @@ def find_changes(plan: Plan, *, workloads: Sequence[Workload] = ()) -> list[Chan
     search.attempt(row_wise)
     if _is_full_of_dense(plan):
         search.attempt(dataclasses.replace(job, dense_sharding="fsdp2"))
+    if float(plan.host.max()) > job.cluster.host_bytes:
+        search.fewest_tables(job, _device_memory)
     search.fewest_tables(job, _row_wise_optimizer)
     search.fewest_tables(job, _float16)
     settings_suffice = search.found
@@ -77,7 +79,8 @@ def find_changes(plan: Plan, *, workloads: Sequence[Workload] = ()) -> list[Chan
 def _is_full_of_dense(plan: Plan) -> bool:
     """Whether a plan that does not fit would, were it not for the tower's parameters and what belongs to them."""
     rest = plan.table_bytes + plan.memory["lookups"] + plan.memory["activations"]
-    return plan.refusal is None and not plan.fits and float(rest.max()) <= plan.job.cluster.hbm_bytes
+    room = plan.job.cluster.hbm_bytes
+    return plan.refusal is None and float(rest.max()) <= room < float(plan.total.max())
 
 
 class _Search:
@@ -175,6 +178,10 @@ def _float16(table: Table) -> Table:
 
 def _host_memory(table: Table) -> Table:
     return table.change(memory="uvm_caching") if table.settings.memory == "hbm" else table
+
+
+def _device_memory(table: Table) -> Table:
+    return table.change(memory="hbm")
 
 
 def _describe_change(before: Job, after: Job) -> str:
