@@ -322,6 +322,9 @@ class Run:
         logger.info("sharding plan over %d ranks\n%s", ranks.num_ranks, plan_text)
         for table in tables:
             logger.info("table %s", table)
+        if config.comms != CommsConfig():
+            precisions = (config.comms.forward, config.comms.backward)
+            logger.info("between ranks rows travel as %s, their gradients as %s", *precisions)
         logger.info("optimizer of each parameter\n%s", routing)
         schedules = {
             part: config.schedules.get(key, config.schedule).over(num_steps)
