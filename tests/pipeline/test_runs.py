@@ -210,6 +210,16 @@ def test_another_optimizer_of_the_tables_starts_from_the_weights_alone(data, tmp
     assert "is of another model" in message and "weights alone" not in message
 
 
+def test_a_run_goes_on_where_settings_differ_that_leave_the_data_as_they_are(data, tmp_path):
+    path = config_file(data, tmp_path)
+    run_on_ranks(1, train_from, path)
+    items = "data.items={format: csv, path: items.csv}"
+    _, said, _ = run_on_ranks(1, listening, train_from, path, items, "data.memory_limit=1GiB")[0]
+    assert f"resumed from {tmp_path / 'old' / 'checkpoints' / 'step-00000006'}" in said
+    message, _, _ = run_on_ranks(1, listening, train_from, path, "data.k_core=2")[0]
+    assert "holds a run whose data differ" in message
+
+
 # Damaged checkpoints -------------------------------------------------------------------------------------------------
 
 
