@@ -594,6 +594,16 @@ def test_tables_too_large_for_the_host_come_back_to_the_device_and_the_report_sa
     assert re.search(r"data_type=fp16 for every table +8 .* 298% +refuses +does not fit", text)
 
 
+def test_bags_whose_comms_cannot_reduce_sums_are_not_to_be_cut_by_rows():
+    tables, cluster = settings_of(sharding="table_wise"), Cluster(1, 8, 64 * GIB)
+    comms, workload = CommsConfig(forward="int8"), Workload(batch_size=64)
+    plan = plan_job(describe_job(Production(pooled=True), tables, cluster, workload=workload, comms=comms))
+    changes = find_changes(plan)
+    assert [placement.sharding for placement in plan.placements] == ["table_wise"] * 4
+    assert smallest(changes).what == "data_type=fp16 for every table"
+    assert not any("row_wise" in change.what for change in changes)
+
+
 def test_what_the_planner_counts_too_short_does_not_fit():
     # It takes Adam's state to be as short as the rows: 6 bytes where there are 10.
     model, rows = Production(rows=1_000_000, num_tables=1, data_type=DataType.FP16), 500_000
