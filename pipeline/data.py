@@ -271,7 +271,7 @@ def _describe_files(source: FileSource | FileItems, *, setting: str) -> dict[str
 
 def fingerprint_of(config: DataConfig, source: dict[str, Any], ancestor: Ancestor | None = None) -> str:
     """Sha256 over what decides the shards: schema version, settings, contents and ancestor; where they lie does not."""
-    settings = _deciding(config.model_dump(mode="json"))
+    settings = deciding_settings(config.model_dump(mode="json"))
     contents = [file["sha256"] for file in source.get("files", [])]
     known = None if ancestor is None else ancestor.fingerprint
     text = json.dumps([SCHEMA_VERSION, settings, contents, known], sort_keys=True)
@@ -291,7 +291,7 @@ def _items_fingerprint(config: DataConfig, source: dict[str, Any] | None) -> str
 _PLACES = ("path", "download", "accept_terms")  # where a source is, not what it holds
 
 
-def _deciding(settings: dict[str, Any]) -> dict[str, Any]:
+def deciding_settings(settings: dict[str, Any]) -> dict[str, Any]:
     """The settings of a data stage without those under which the sequences would be the same."""
     settings = {**settings, "source": {**settings["source"]}, "extends": settings.get("extends") is not None}
     for name in ("output", "items", "memory_limit", "max_rejected_share"):
@@ -423,8 +423,10 @@ def _log_summary(output: Path, manifest: Manifest, seconds: float) -> None:
         )  # fmt: skip
     if (metadata := manifest.item_metadata) is not None:
         logger.info(
-            "metadata: %s rows describe %s of %s items (%s)",
-            *_grouped(metadata.num_rows, metadata.num_items_described, manifest.num_items),
+            "metadata: %s rows%s describe %s of %s items (%s)",
+            *_grouped(metadata.num_rows),
+            "" if manifest.ancestor is None else " and what was known before",
+            *_grouped(metadata.num_items_described, manifest.num_items),
             ", ".join(f"{count:,} with {name}" for name, count in metadata.num_items_by_column.items() if count)
             or "none is in the log: are the ids the same?",
         )
@@ -489,7 +491,7 @@ def check_same_data(config: DataConfig, manifest: Manifest) -> None:
     Raises:
         ValueError: names the settings that differ.
     """
-    asked, found = _deciding(config.model_dump(mode="json")), _deciding(manifest.config)
+    asked, found = deciding_settings(config.model_dump(mode="json")), deciding_settings(manifest.config)
     pairs = [("data.", asked, found), ("data.source.", asked.pop("source"), found.pop("source"))]
     differing = [
         f"{prefix}{name} (asked {ours.get(name)!r}, found {theirs.get(name)!r})"

@@ -6,6 +6,7 @@ smallest change that makes it fit. Needs neither the machines nor the data set.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -47,7 +48,7 @@ def print_plan(
     ranks_per_node: int,
     hbm_gib: float,
     *,
-    host_gib: float = 128,
+    host_gib: float | None = None,
     rows: Mapping[str, int] | None = None,
 ) -> Plan:
     """Print the plan of ``config`` on ``nodes`` of ``ranks_per_node`` ranks with ``hbm_gib`` of memory each.
@@ -57,13 +58,16 @@ def print_plan(
         nodes: machines.
         ranks_per_node: devices of a machine.
         hbm_gib: memory of a device, GiB.
-        host_gib: of the host's memory, what tables of a rank may take, GiB.
+        host_gib: memory of a machine, GiB, which its ranks share alike; None for TorchRec's guess, 128 a rank.
         rows: of the tables, by name; where a table is not named, the manifest of the data set counts.
 
     Raises:
         ValueError: nobody says how many rows a table has, or the settings have no plan on any machine.
     """
     started = time.monotonic()
+    cluster = Cluster(nodes, ranks_per_node, int(hbm_gib * _GIB))
+    if host_gib is not None:
+        cluster = dataclasses.replace(cluster, host_bytes=int(host_gib * _GIB) // ranks_per_node)
     num_items = count_items(config, rows or {})
     loss = NextItemLoss(config.loss.name, temperature=config.loss.temperature)
     model = MODELS[config.model.name](config.model, num_items=num_items, loss=loss)
@@ -71,7 +75,7 @@ def print_plan(
     job = describe_job(
         model,
         config.tables,
-        Cluster(nodes, ranks_per_node, int(hbm_gib * _GIB), int(host_gib * _GIB)),
+        cluster,
         workload=estimate_workload(config, num_items),
         dense_sharding=config.dense_sharding,
         muon=is_muon,
@@ -181,10 +185,14 @@ def _verdict(plan: Plan, changes: Sequence[Change]) -> str:
         f"{cluster.nodes} x {cluster.ranks_per_node} = {cluster.num_ranks:,} ranks of {_size(cluster.hbm_bytes)}; "
         f"{batch_size:,} users a step, {users:,} a rank; dense side: {job.dense_sharding}"
     ]
+    needs = f"the fullest rank, {worst}, needs {_size(total)}, {share:.0%} of its memory"
+    if plan.host.any():
+        most = plan.host.max()
+        needs += f"; of its host's a rank needs {_size(most)}, {most / cluster.host_bytes:.0%} of its share"
     if plan.fits:
-        lines.append(f"FITS: the fullest rank, {worst}, needs {_size(total)}, {share:.0%} of its memory")
+        lines.append(f"FITS: {needs}")
         return "\n".join(lines)
-    lines.append(f"DOES NOT FIT: the fullest rank, {worst}, needs {_size(total)}, {share:.0%} of its memory")
+    lines.append(f"DOES NOT FIT: {needs}")
     for placement in plan.placements:
         table = placement.table
         weights, state = table.device_bytes(placement.rows, placement.columns)
@@ -193,10 +201,10 @@ def _verdict(plan: Plan, changes: Sequence[Change]) -> str:
             rank = int(placement.ranks[own.argmax()])
             lines.append(f"  table {table.name} alone puts {_size(own.max())} on rank {rank} ({placement.sharding})")
     if plan.refusal is not None:
-        lines.append(
-            f"  TorchRec's planner, which may fill {_size(cluster.table_room)} of a rank, finds no room for the tables:"
-        )
-        lines.append(f"    {_last_words(plan.refusal)}")
+        room = f"{_size(cluster.table_room)} of a rank"
+        room += f" and {_size(cluster.host_bytes)} of its host" * bool(plan.host.any())
+        lines.append(f"  TorchRec's planner, which may fill {room}, finds no room for the tables:")
+        lines.append(f"    {_last_words(plan.refusal, on_host=bool(plan.host.any()))}")
     parts = sorted(((plan.memory[part][worst], part) for part in plan.memory), reverse=True)
     lines.append("  most of it: " + ", ".join(f"{part} {_size(size)}" for size, part in parts[:3] if size))
     answer = next((change for change in changes if change.plan.fits), None)
@@ -291,7 +299,7 @@ def _newton_schulz(plan: Plan) -> str:
 
 
 def _changes(plan: Plan, changes: Sequence[Change]) -> str:
-    rows = [("change", "ranks", "fullest rank", "of HBM", "planner", "")]
+    rows = [("change", "ranks", "fullest rank", "of HBM", "of host", "planner", "")]
     answer = next((change for change in changes if change.plan.fits), None)
     for change in changes:
         after, cluster = change.plan, change.plan.job.cluster
@@ -302,11 +310,12 @@ def _changes(plan: Plan, changes: Sequence[Change]) -> str:
                 f"{cluster.num_ranks:,}",
                 _size(after.total.max()),
                 f"{after.total.max() / cluster.hbm_bytes:.0%}",
+                f"{after.host.max() / cluster.host_bytes:.0%}",
                 "refuses" if after.refusal else "places",
                 verdict,
             )
         )
-    text = "What would make it fit, each planned again, smaller changes first\n" + _align(rows, left={0, 4, 5})
+    text = "What would make it fit, each planned again, smaller changes first\n" + _align(rows, left={0, 5, 6})
     if not any(change.plan.job.cluster != plan.job.cluster for change in changes):
         text += f"\n  more nodes alone: none of the numbers tried, up to {MOST_RANKS:,} ranks"
     return text
@@ -368,8 +377,14 @@ def _scaled(number: float, base: int, units: Sequence[str]) -> str:
     return f"{number:.{digits}f} {units[power]}" if number else "-"
 
 
-def _last_words(refusal: str) -> str:
+def _last_words(refusal: str, *, on_host: bool) -> str:
     """The last line of the planner's message that says something, its byte counts made readable."""
+
+    def readable(found: re.Match[str]) -> str:
+        hbm, host = (_size(int(count)) for count in found.groups())
+        return f"{hbm} and {host} of the host" if on_host else hbm
+
     lines = [line.strip() for line in refusal.splitlines() if line.strip()]
     words = re.sub(r", perf: Perf\([^)]*\), rank: None", "", lines[-1] if lines else refusal)
-    return re.sub(r"Storage\(hbm=(\d+)[^)]*\)(?: bytes)?", lambda found: _size(int(found[1])), words)
+    words = re.sub(r"sharding option group .*storage_sum=(Storage\([^)]*\)).*", r"tables of \1", words)
+    return re.sub(r"Storage\(hbm=(\d+), ddr=(\d+)[^)]*\)(?: bytes)?", readable, words)

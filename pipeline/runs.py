@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from muonrec import checkpoint
 from muonrec.config import load_config
 from muonrec.data.shards import Manifest
+from pipeline.data import deciding_settings
 
 if TYPE_CHECKING:
     from pipeline.train import TrainConfig
@@ -52,7 +53,9 @@ def _what_is_learned(tree: dict[str, Any]) -> dict[str, Any]:
         name: {key: value for key, value in table.items() if key not in _TABLES_MAY_DIFFER}
         for name, table in tree["tables"].items()
     }
-    return {key: value for key, value in {**tree, "tables": tables}.items() if key not in _MAY_DIFFER}
+    # Where the source lies and what is known of the items may differ: checkpoints name the data by their fingerprint.
+    data = {**deciding_settings(tree["data"]), "output": tree["data"]["output"], "extends": tree["data"]["extends"]}
+    return {key: value for key, value in {**tree, "tables": tables, "data": data}.items() if key not in _MAY_DIFFER}
 
 
 def choose_checkpoints(run: Path, which: str) -> list[Path]:

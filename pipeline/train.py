@@ -213,7 +213,9 @@ def main() -> int:
     )
     parser.add_argument("--plan", metavar="NODESxRANKS", help="only print the plan for such machines (16x8)")
     parser.add_argument("--hbm", type=float, default=80, metavar="GIB", help="with --plan: memory of one rank")
-    parser.add_argument("--host", type=float, default=128, metavar="GIB", help="with --plan: of the host's memory")
+    parser.add_argument(
+        "--host", type=float, metavar="GIB", help="with --plan: memory of one node, which its ranks share; 128 a rank"
+    )
     parser.add_argument("--rows", action="append", default=[], metavar="TABLE=COUNT", help="with --plan: table sizes")
     arguments = parser.parse_intermixed_args()  # parse_args refuses key=value after an option
     if arguments.plan is not None:
@@ -332,6 +334,9 @@ class Run:
         logger.info("sharding plan over %d ranks\n%s", ranks.num_ranks, plan_text)
         for table in tables:
             logger.info("table %s", table)
+        if config.comms != CommsConfig():
+            precisions = (config.comms.forward, config.comms.backward)
+            logger.info("between ranks rows travel as %s, their gradients as %s", *precisions)
         logger.info("optimizer of each parameter\n%s", routing)
         schedules = {
             part: config.schedules.get(key, config.schedule).over(num_steps)

@@ -211,10 +211,10 @@ def _fitting(folder: Path, state: Mapping[str, torch.Tensor], grows: Collection[
         ):
             there[key] = here[key]
     if there != here:
-        raise UnusableCheckpoint(
-            f"{folder} is of another model or optimizer: {differences(there, here)}; load it with the config in its "
-            "resolved.yaml"
-        )
+        way = "load it with the config in its resolved.yaml"
+        if all(key.startswith("optimizer.") for key in here.keys() | there.keys() if there.get(key) != here.get(key)):
+            way += ", or its weights alone, from what python -m pipeline.export makes of it"
+        raise UnusableCheckpoint(f"{folder} is of another model or optimizer: {differences(there, here)}; {way}")
     return contents
 
 

@@ -56,10 +56,15 @@ def codecs(comms: CommsConfig, device_type: str) -> dict[str, QuantizedCommCodec
     return get_qcomm_codecs_registry(QCommsConfig(*precisions), device=torch.device(device_type))
 
 
+def can_reduce(comms: CommsConfig) -> bool:
+    """Whether sums of bags that are cut by rows can be reduced on the way."""
+    return "int8" not in (comms.forward, comms.backward)
+
+
 def check_comms(comms: CommsConfig, plan: ShardingPlan, pooled: set[str]) -> None:
     """Refuse, by ValueError, a plan with a table that the codecs cannot carry; ``pooled`` are the tables of bags."""
-    if "int8" not in (comms.forward, comms.backward):
-        return
+    if can_reduce(comms):
+        return  # nor has another precision a least width
     for module_plan in plan.plan.values():
         for name, parameter in module_plan.items():  # type: ignore[attr-defined]
             spec = parameter.sharding_spec

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from muonrec import runlog
 from muonrec.data import download as module
 from muonrec.data.download import MD5, PLACES, Place, download, fetch
 from pipeline.data import DataConfig, build_dataset
@@ -98,6 +99,19 @@ def test_a_cut_connection_is_resumed_where_it_broke_off(
     assert (tmp_path / "a.bin").read_bytes() == CONTENT
     assert [request.get("Range") for request in server.requests] == [None, "bytes=400000-", "bytes=800000-"]
     assert f"{server.url}a.bin broke off at 400000 bytes (400000 of 1024000 bytes came): going on" in caplog.messages
+
+
+def test_progress_is_shown_and_goes_on_after_a_cut(
+    tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(runlog, "_SECONDS_BETWEEN_LINES", 0.0)
+    caplog.set_level(logging.INFO, logger="muonrec.runlog")
+    server.cut_after = 600_000
+    download(server.url + "a.bin", tmp_path / "a.bin")
+    shown = [line.split("  ")[0] for line in caplog.messages if line.startswith("downloading")]
+    assert shown[0] == "downloading a.bin: 262,144 of 1,024,000 bytes"
+    assert "downloading a.bin: 600,000 of 1,024,000 bytes" in shown  # where the connection is cut
+    assert shown[-1] == "downloading a.bin: 1,024,000 of 1,024,000 bytes" and len(set(shown)) == len(shown) == 5
 
 
 def test_a_later_run_goes_on_from_where_the_one_before_gave_up(tmp_path: Path, server: Server) -> None:

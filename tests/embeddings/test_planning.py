@@ -1,6 +1,7 @@
 """Plans of clusters that are not there: against independent arithmetic, against what real ranks send, and mended."""
 
 import dataclasses
+import re
 import time
 
 import numpy as np
@@ -24,7 +25,7 @@ from muonrec.embeddings.tables import TableConfig, initialize_tables
 from muonrec.losses import sampled_softmax
 from muonrec.optim.ownership import newton_schulz_cost
 from muonrec.towers.transformer import TransformerTower
-from pipeline.plan import estimate_workload, print_plan
+from pipeline.plan import estimate_workload, format_report, print_plan
 from pipeline.train import TrainConfig, main
 from tests.distributed.ranks import run_on_ranks
 from tests.embeddings.test_sharding import this_rank
@@ -578,9 +579,53 @@ def test_tables_too_large_for_any_setting_go_to_host_memory():
     assert "memory" not in smallest(find_changes(plan_job(short))).what
 
 
+def test_tables_too_large_for_the_host_come_back_to_the_device_and_the_report_says_where_room_is_missing():
+    model, cluster = Production(), Cluster(1, 8, 80 * GIB, 8 * GIB)
+    tables = settings_of(sharding="row_wise", memory="uvm_caching")
+    plan = plan_job(describe_job(model, tables, cluster, workload=Workload(batch_size=64)))
+    changes = find_changes(plan)
+    assert smallest(changes).what == "memory=hbm for every table"
+    assert not any("fsdp2" in change.what for change in changes)
+    text = format_report(plan, changes)
+    # 4 x 25 M rows x 128 x 4 bytes of 8 GiB.
+    assert "; of its host's a rank needs 47.7 GiB, 596% of its share\n" in text
+    assert "which may fill 68 GiB of a rank and 8 GiB of its host, finds no room" in text
+    assert re.search(r"Shard of size \S+ GiB and 12.0 GiB of the host does not fit", text)
+    assert re.search(r"data_type=fp16 for every table +8 .* 298% +refuses +does not fit", text)
+
+
+def test_bags_whose_comms_cannot_reduce_sums_are_not_to_be_cut_by_rows():
+    tables, cluster = settings_of(sharding="table_wise"), Cluster(1, 8, 64 * GIB)
+    comms, workload = CommsConfig(forward="int8"), Workload(batch_size=64)
+    plan = plan_job(describe_job(Production(pooled=True), tables, cluster, workload=workload, comms=comms))
+    changes = find_changes(plan)
+    assert [placement.sharding for placement in plan.placements] == ["table_wise"] * 4
+    assert smallest(changes).what == "data_type=fp16 for every table"
+    assert not any("row_wise" in change.what for change in changes)
+
+
+def test_what_the_planner_counts_too_short_does_not_fit():
+    # It takes Adam's state to be as short as the rows: 6 bytes where there are 10.
+    model, rows = Production(rows=1_000_000, num_tables=1, data_type=DataType.FP16), 500_000
+    tables = {"t0": TableConfig(lr=0.1, sharding="row_wise", optimizer="adam", memory="uvm")}
+    for num_bytes, fits in ((9, False), (10, True)):
+        cluster = Cluster(1, 2, GIB, rows * WIDTH * num_bytes)
+        plan = plan_job(describe_job(model, tables, cluster, workload=Workload(batch_size=64)))
+        assert plan.refusal is None and plan.fits == fits
+        assert plan.host.tolist() == [rows * WIDTH * 10] * 2
+
+
+def test_a_planner_that_finds_no_node_is_quoted_without_its_objects():
+    tables = settings_of(sharding="table_row_wise")
+    cluster, workload = Cluster(1, 8, 16 * GIB), Workload(batch_size=64)
+    text = format_report(plan_job(describe_job(Production(pooled=True), tables, cluster, workload=workload)))
+    assert re.search(r"can't find a host for tables of \S+ GiB\n", text)
+
+
 def test_the_report_follows_data_type_memory_and_comms(capsys):
     overrides = ("model.embedding_dim=128", "tables.item.memory=uvm_caching", "tables.item.data_type=fp16")
-    plan = print_plan(config_of(*overrides, "comms.forward=fp16"), 1, 4, 80, host_gib=64, rows={"item": 200_000_000})
+    # The ranks of a node share its memory.
+    plan = print_plan(config_of(*overrides, "comms.forward=fp16"), 1, 4, 80, host_gib=256, rows={"item": 200_000_000})
     text = capsys.readouterr().out
     assert plan.fits
     assert "fp16  rowwise_adagrad  uvm_caching" in text

@@ -479,7 +479,9 @@ def test_rejected_items_are_listed_with_the_rejected_events_and_counted_apart(
     ]
 
 
-def test_an_extension_appends_described_items_and_keeps_what_its_ancestor_knew(tmp_path: Path) -> None:
+def test_an_extension_appends_described_items_and_keeps_what_its_ancestor_knew(
+    tmp_path: Path, heard: pytest.LogCaptureFixture
+) -> None:
     rows = [{"asin": "i0", "title": "old zero", "category": ["x"]}, {"asin": "i4", "title": "old four"}]
     build_dataset(config(tmp_path, source=log_of_items(tmp_path), items=items_file(tmp_path, rows)))
     log_rows = [f"u{user},{item},{time}" for user in range(4) for time, item in enumerate(["a", "i4", "z"])]
@@ -494,6 +496,7 @@ def test_an_extension_appends_described_items_and_keeps_what_its_ancestor_knew(t
     assert table.column("categories").to_pylist() == [["x"]] + [None] * 6
     assert manifest.item_metadata is not None
     assert (manifest.item_metadata.num_items_described, manifest.item_metadata.num_duplicates) == (3, 0)
+    assert "11 rows and what was known before describe 3 of 7 items" in heard.text
     build_dataset(config(tmp_path, **{**settings, "output": tmp_path / "plain"}))
     with pytest.raises(ValueError, match="has no item metadata"):
         load_items(tmp_path / "plain")

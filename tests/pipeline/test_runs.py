@@ -194,6 +194,32 @@ def test_data_that_do_not_descend_are_refused_and_a_resumed_run_keeps_its_data(d
     assert f"was trained on data that {data / 'new'} extends" in message
 
 
+def test_another_optimizer_of_the_tables_starts_from_the_weights_alone(data, tmp_path):
+    path = config_file(data, tmp_path)
+    run_on_ranks(2, train_from, path)
+    file, run = tmp_path / "weights.safetensors", tmp_path / "old"
+    adagrad = (f"output={tmp_path / 'onwards'}", "tables.item.optimizer=adagrad")
+    message, _, _ = run_on_ranks(2, listening, train_from, path, f"init_from={run}", *adagrad)[1]
+    assert "momentum1 is [" in message and "or its weights alone, from what python -m pipeline.export makes" in message
+    export(run, file)
+    _, said, _ = run_on_ranks(2, listening, train_from, path, f"init_from={file}", *adagrad)[0]
+    assert f"started from the weights in {file}; every optimizer starts afresh, tables too" in said
+    # With another model there is no such way.
+    wider = (f"output={tmp_path / 'wider'}", "model.embedding_dim=64")
+    message, _, _ = run_on_ranks(2, listening, train_from, path, f"init_from={run}", *wider)[1]
+    assert "is of another model" in message and "weights alone" not in message
+
+
+def test_a_run_goes_on_where_settings_differ_that_leave_the_data_as_they_are(data, tmp_path):
+    path = config_file(data, tmp_path)
+    run_on_ranks(1, train_from, path)
+    items = "data.items={format: csv, path: items.csv}"
+    _, said, _ = run_on_ranks(1, listening, train_from, path, items, "data.memory_limit=1GiB")[0]
+    assert f"resumed from {tmp_path / 'old' / 'checkpoints' / 'step-00000006'}" in said
+    message, _, _ = run_on_ranks(1, listening, train_from, path, "data.k_core=2")[0]
+    assert "holds a run whose data differ" in message
+
+
 # Damaged checkpoints -------------------------------------------------------------------------------------------------
 
 

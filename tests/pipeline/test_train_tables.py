@@ -7,6 +7,7 @@ from muonrec import checkpoint
 from muonrec.config import load_config
 from pipeline.train import TrainConfig
 from tests.distributed.ranks import run_on_ranks
+from tests.pipeline.test_runs import listening
 from tests.pipeline.test_train import config_file, dataset, losses, refusal, train_from
 
 __all__ = ["dataset"]  # a fixture
@@ -29,9 +30,11 @@ SHORT = {
 
 def test_float16_rows_and_comms_train_by_a_config_and_follow_float32(dataset, tmp_path):
     path = config_file(dataset, tmp_path, **SHORT)
-    run_on_ranks(2, train_from, path)
+    _, said, _ = run_on_ranks(2, listening, train_from, path)[0]
+    assert "between ranks rows travel as fp16, their gradients as fp16" in said
     exact = ("tables.item.data_type=fp32", "comms.forward=fp32", "comms.backward=fp32", f"output={tmp_path / 'exact'}")
-    run_on_ranks(2, train_from, path, *exact)
+    _, said, _ = run_on_ranks(2, listening, train_from, path, *exact)[0]
+    assert not any("travel" in line for line in said)
     for (_, loss), (_, expected) in zip(losses(tmp_path / "run"), losses(tmp_path / "exact"), strict=True):
         assert loss != expected
         assert abs(loss / expected - 1) < 2e-3  # rows have 11 bits

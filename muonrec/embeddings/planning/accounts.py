@@ -80,7 +80,9 @@ class Plan:
     @property
     def fits(self) -> bool:
         """Whether TorchRec's planner places the tables as it would at the start, and everything has room together."""
-        return self.refusal is None and float(self.total.max()) <= self.job.cluster.hbm_bytes
+        cluster = self.job.cluster
+        has_room = float(self.total.max()) <= cluster.hbm_bytes and float(self.host.max()) <= cluster.host_bytes
+        return self.refusal is None and has_room
 
 
 def plan_job(job: Job) -> Plan:

@@ -7,7 +7,6 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
-from torchrec.distributed.embedding_types import ShardingType
 
 from muonrec.embeddings.planning.accounts import Plan, account, plan_job
 from muonrec.embeddings.planning.job import Job, Table, Workload
@@ -30,11 +29,11 @@ class Change:
 def find_changes(plan: Plan, *, workloads: Sequence[Workload] = ()) -> list[Change]:
     """What was tried to make a plan fit, the smallest changes first, each planned again; empty where it fits.
 
-    First another workload, then what leaves the arithmetic alone (row-wise sharding, FSDP2), then what does not (a
-    row-wise optimizer, float16, for as few tables as suffice), then several at once, then tables in the host's memory,
-    which are slow, and a smaller batch last. The first that fits is the smallest. The fewest nodes that would do,
-    nothing else changed but row-wise sharding, are always worked out, since they are a matter of money; where no
-    settings suffice, with the slimmest tables too.
+    First another workload, then what leaves the arithmetic alone (row-wise sharding, FSDP2, the device's memory where
+    the host's is too small), then what does not (a row-wise optimizer, float16, for as few tables as suffice), then
+    several at once, then tables in the host's memory, which are slow, and a smaller batch last. The first that fits is
+    the smallest. The fewest nodes that would do, nothing else changed but row-wise sharding, are always worked out,
+    since they are a matter of money; where no settings suffice, with the slimmest tables too.
 
     Args:
         plan: of the job as it is.
@@ -44,13 +43,15 @@ def find_changes(plan: Plan, *, workloads: Sequence[Workload] = ()) -> list[Chan
         return []
     # Cut by rows is the most even of what the planner may choose, and searched without asking it.
     job = decide_row_wise(plan.job)
-    row_wise = _change_tables(job, _row_wise)
+    row_wise = decide_row_wise(job, whatever_is_asked=True)
     search = _Search(job)
     for workload in workloads:
         search.attempt(dataclasses.replace(job, workload=workload))
     search.attempt(row_wise)
     if _is_full_of_dense(plan):
         search.attempt(dataclasses.replace(job, dense_sharding="fsdp2"))
+    if float(plan.host.max()) > job.cluster.host_bytes:
+        search.fewest_tables(job, _device_memory)
     search.fewest_tables(job, _row_wise_optimizer)
     search.fewest_tables(job, _float16)
     settings_suffice = search.found
@@ -59,7 +60,7 @@ def find_changes(plan: Plan, *, workloads: Sequence[Workload] = ()) -> list[Chan
         for combined in (slim, _change_tables(row_wise, _float16), _change_tables(slim, _float16)):
             if search.attempt(combined):
                 break
-            if _is_full_of_dense(account(combined, *place_by_rows(combined))):
+            if _is_full_of_dense(_plan(combined)):
                 search.attempt(dataclasses.replace(combined, dense_sharding="fsdp2"))
         settings_suffice = search.found
         if not settings_suffice:
@@ -77,7 +78,8 @@ def find_changes(plan: Plan, *, workloads: Sequence[Workload] = ()) -> list[Chan
 def _is_full_of_dense(plan: Plan) -> bool:
     """Whether a plan that does not fit would, were it not for the tower's parameters and what belongs to them."""
     rest = plan.table_bytes + plan.memory["lookups"] + plan.memory["activations"]
-    return plan.refusal is None and not plan.fits and float(rest.max()) <= plan.job.cluster.hbm_bytes
+    room = plan.job.cluster.hbm_bytes
+    return plan.refusal is None and float(rest.max()) <= room < float(plan.total.max())
 
 
 class _Search:
@@ -108,7 +110,12 @@ class _Search:
         self.attempt(_change_tables(job, change, names[:first]))
 
     def fewest_nodes(self, job: Job, *, most: int) -> int | None:
-        """The fewest nodes of the same kind on which ``job`` fits; None where no number up to ``most`` was found."""
+        """The fewest nodes of the same kind on which ``job`` fits; None where no number up to ``most`` was found.
+
+        Only of tables cut by rows: for others the planner would have to be asked about every number.
+        """
+        if not all(is_row_wise(table) for table in job.tables):
+            return None
 
         def on(nodes: int) -> Job:
             return dataclasses.replace(job, cluster=dataclasses.replace(job.cluster, nodes=nodes))
@@ -150,19 +157,19 @@ def _first(most: int, holds: Callable[[int], bool]) -> int:
 
 
 def _would_fit(job: Job) -> bool:
+    return _plan(job).fits
+
+
+def _plan(job: Job) -> Plan:
     """What `plan_job` would find, without the planner where every table is cut by rows."""
-    if not all(is_row_wise(table) for table in job.tables):
-        return plan_job(job).fits
-    return account(job, *place_by_rows(job)).fits
+    if all(is_row_wise(table) for table in job.tables):
+        return account(job, *place_by_rows(job))
+    return plan_job(job)
 
 
 def _change_tables(job: Job, change: Callable[[Table], Table], names: Iterable[str] | None = None) -> Job:
     chosen = {t.name for t in job.tables} if names is None else set(names)
     return dataclasses.replace(job, tables=tuple(change(t) if t.name in chosen else t for t in job.tables))
-
-
-def _row_wise(table: Table) -> Table:
-    return table.change(sharding=ShardingType.ROW_WISE.value)
 
 
 def _row_wise_optimizer(table: Table) -> Table:
@@ -175,6 +182,10 @@ def _float16(table: Table) -> Table:
 
 def _host_memory(table: Table) -> Table:
     return table.change(memory="uvm_caching") if table.settings.memory == "hbm" else table
+
+
+def _device_memory(table: Table) -> Table:
+    return table.change(memory="hbm")
 
 
 def _describe_change(before: Job, after: Job) -> str:

@@ -37,7 +37,7 @@ _HOST_BYTES = 128 * 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Cluster:
-    """Machines: ``nodes`` of ``ranks_per_node`` devices with ``hbm_bytes`` each, and ``host_bytes`` of the host's."""
+    """Machines: ``nodes`` of ``ranks_per_node`` devices, each with ``hbm_bytes`` and ``host_bytes`` of its host's."""
 
     nodes: int
     ranks_per_node: int

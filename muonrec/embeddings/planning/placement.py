@@ -18,6 +18,7 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig, EmbeddingConf
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
+from muonrec.embeddings.comms import can_reduce
 from muonrec.embeddings.constraints import KERNELS, ask_planner, make_topology
 from muonrec.embeddings.planning.job import TABLE_STATE, Job, Table
 
@@ -59,14 +60,17 @@ def is_row_wise(table: Table) -> bool:
     return table.settings.sharding_types == (ShardingType.ROW_WISE.value,)
 
 
-def decide_row_wise(job: Job) -> Job:
-    """Cut by rows, which is most even, each table that the planner may cut so."""
+def decide_row_wise(job: Job, *, whatever_is_asked: bool = False) -> Job:
+    """Cut by rows, which is most even, each table that the planner may cut so, or each that can be."""
     by_rows = {"auto", ShardingType.ROW_WISE.value}
-    tables = [
-        table.change(sharding=ShardingType.ROW_WISE.value) if by_rows & set(table.settings.sharding_types) else table
-        for table in job.tables
-    ]
-    return dataclasses.replace(job, tables=tuple(tables))
+
+    def decide(table: Table) -> Table:
+        may_be_cut = whatever_is_asked or by_rows & set(table.settings.sharding_types)
+        if not may_be_cut or (table.is_pooled and not can_reduce(job.comms)):
+            return table
+        return table.change(sharding=ShardingType.ROW_WISE.value)
+
+    return dataclasses.replace(job, tables=tuple(decide(table) for table in job.tables))
 
 
 def _ask_planner(job: Job, hbm_bytes: int, host_bytes: int) -> list[Placement]:
