@@ -1,9 +1,10 @@
 """The three stages as TorchX components: ``torchx run components/stages.py:train --config CONFIG -- key=value ...``.
 
-Data, train and eval are three apps, submitted one after the other: TorchX starts all roles of one app together.
+Data, train and evaluate are three apps: TorchX starts all roles of one app together. ``python -m pipeline.run CONFIG``
+submits them one after the other. docs/launch.md explains every argument, per scheduler.
 """
 
-from typing import Dict, Optional
+from typing import Dict, List, Optional
 
 import torchx.specs as specs
 from torchx.specs import macros
@@ -21,7 +22,10 @@ def data(
     memMB: int = 8192,
     image: str = IMAGE,
     env: Optional[Dict[str, str]] = None,
+    mounts: Optional[List[str]] = None,
+    pod: str = "",
     max_retries: int = 1,
+    grace_s: int = 30,
 ) -> specs.AppDef:
     """Data stage: raw logs -> parquet sequences and manifest, at the place that the config names.
 
@@ -30,15 +34,19 @@ def data(
         config: YAML file of the experiment
         cpu: processor cores
         gpu: GPUs
-        memMB: memory in MB
+        memMB: memory in MB; Kubernetes requests 1024 MB less, the limit is all of it
         image: container image (Kubernetes only)
         env: extra environment, K1=V1,K2=V2; no commas within a value
+        mounts: volumes, type=volume,src=CLAIM,dst=/data,readonly,type=bind,... (Kubernetes only)
+        pod: YAML file of pod fields to add, such as spec.tolerations (Kubernetes only)
         max_retries: restarts by the scheduler (SLURM requeue, Volcano RestartJob)
+        grace_s: seconds from SIGTERM until the stage is killed
     """
     command = _torchrun.python_command("pipeline.data", [config, *args])
     return _torchrun.app(
-        "data", command, j="1x1", cpu=cpu, gpu=gpu, memMB=memMB, image=image, env=env, max_retries=max_retries
-    )
+        "data", command, j="1x1", cpu=cpu, gpu=gpu, memMB=memMB, image=image, env=env, mounts=mounts, pod=pod,
+        max_retries=max_retries, grace_s=grace_s,
+    )  # fmt: skip
 
 
 def train(
@@ -50,14 +58,17 @@ def train(
     memMB: int = 8192,
     image: str = IMAGE,
     env: Optional[Dict[str, str]] = None,
+    mounts: Optional[List[str]] = None,
+    pod: str = "",
     out: str = "out",
     max_retries: int = 3,
     max_restarts: int = 1,
-    rdzv_port: int = 29500,
+    grace_s: int = 120,
+    rdzv_port: int = 0,
 ) -> specs.AppDef:
     """Train stage: torchrun over j ranks; checkpoints and metrics under {out}/{app id}.
 
-    Every restart goes on from the last checkpoint found there. A preemption uses up one of max_retries.
+    Every restart goes on from the last checkpoint found there. On SIGTERM all ranks write one at the same step.
 
     Args:
         args: overrides of the config, key=value, after --; output=FOLDER replaces {out}/{app id}
@@ -65,24 +76,28 @@ def train(
         j: {nnodes}x{nproc_per_node}
         cpu: processor cores per node
         gpu: GPUs per node
-        memMB: memory per node in MB
+        memMB: memory per node in MB; Kubernetes requests 1024 MB less, the limit is all of it
         image: container image (Kubernetes only)
         env: extra environment, K1=V1,K2=V2; no commas within a value
+        mounts: volumes, type=volume,src=CLAIM,dst=/out,type=bind,... (Kubernetes only)
+        pod: YAML file of pod fields to add, such as spec.tolerations (Kubernetes only)
         out: root of the outputs, on storage that all nodes share
         max_retries: restarts by the scheduler (SLURM requeue, Volcano RestartJob)
-        max_restarts: restarts of all ranks in place, by torchrun
-        rdzv_port: port on the first node when there are several
+        max_restarts: restarts of all ranks in place, by torchrun, anew in every retry
+        grace_s: seconds from SIGTERM until the ranks are killed: the time that a checkpoint has
+        rdzv_port: port on the first node when there are several; 0 derives one from the app id
     """
     command = _torchrun.torchrun_command(
         "pipeline.train",
         [config, f"output={out}/{macros.app_id}", *args],
         j=j,
+        grace_s=grace_s,
         max_restarts=max_restarts,
         rdzv_port=rdzv_port,
     )
     return _torchrun.app(
-        "train", command, j=j, cpu=cpu, gpu=gpu, memMB=memMB, image=image, env=env,
-        max_retries=max_retries, rdzv_port=rdzv_port,
+        "train", command, j=j, cpu=cpu, gpu=gpu, memMB=memMB, image=image, env=env, mounts=mounts, pod=pod,
+        max_retries=max_retries, grace_s=grace_s, rdzv_port=rdzv_port,
     )  # fmt: skip
 
 
@@ -95,8 +110,11 @@ def evaluate(
     memMB: int = 8192,
     image: str = IMAGE,
     env: Optional[Dict[str, str]] = None,
+    mounts: Optional[List[str]] = None,
+    pod: str = "",
     max_retries: int = 1,
-    rdzv_port: int = 29500,
+    grace_s: int = 30,
+    rdzv_port: int = 0,
 ) -> specs.AppDef:
     """Eval stage: the checkpoint of a run -> metrics.json and report.html beside it.
 
@@ -106,14 +124,17 @@ def evaluate(
         j: {nnodes}x{nproc_per_node}
         cpu: processor cores per node
         gpu: GPUs per node
-        memMB: memory per node in MB
+        memMB: memory per node in MB; Kubernetes requests 1024 MB less, the limit is all of it
         image: container image (Kubernetes only)
         env: extra environment, K1=V1,K2=V2; no commas within a value
+        mounts: volumes, type=volume,src=CLAIM,dst=/out,type=bind,... (Kubernetes only)
+        pod: YAML file of pod fields to add, such as spec.tolerations (Kubernetes only)
         max_retries: restarts by the scheduler (SLURM requeue, Volcano RestartJob)
-        rdzv_port: port on the first node when there are several
+        grace_s: seconds from SIGTERM until the ranks are killed
+        rdzv_port: port on the first node when there are several; 0 derives one from the app id
     """
-    command = _torchrun.torchrun_command("pipeline.eval", [run, *args], j=j, rdzv_port=rdzv_port)
+    command = _torchrun.torchrun_command("pipeline.eval", [run, *args], j=j, grace_s=grace_s, rdzv_port=rdzv_port)
     return _torchrun.app(
-        "evaluate", command, j=j, cpu=cpu, gpu=gpu, memMB=memMB, image=image, env=env,
-        max_retries=max_retries, rdzv_port=rdzv_port,
+        "evaluate", command, j=j, cpu=cpu, gpu=gpu, memMB=memMB, image=image, env=env, mounts=mounts, pod=pod,
+        max_retries=max_retries, grace_s=grace_s, rdzv_port=rdzv_port,
     )  # fmt: skip

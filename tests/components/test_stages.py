@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import uuid
+import venv
 from collections.abc import Iterator
 from pathlib import Path
 from string import Template
@@ -16,7 +17,7 @@ import pytest
 pytest.importorskip("torchx", reason="pip install 'muonrec[torchx]'")
 
 from torchx.runner import get_runner
-from torchx.specs import AppDef, file_linter, finder, macros
+from torchx.specs import AppDef, BindMount, VolumeMount, file_linter, finder, macros
 
 from components import _torchrun, stages
 
@@ -67,10 +68,10 @@ def test_train_renders_one_line_for_every_scheduler(schedulers: list[str]) -> No
     rendered = {scheduler: render(app, scheduler) for scheduler in schedulers}
     for request in rendered.values():
         assert "-m pipeline.train configs/demo/sasrec.yaml" in request
-        assert "--nnodes 2 --nproc-per-node 4 --max-restarts 1" in request
+        assert "--nnodes 2 --nproc-per-node 4 --max-restarts 1 --shutdown-timeout 120" in request
         assert "TORCH_DISABLE_SHARE_RDZV_TCP_STORE" in request
-    assert '"${TORCHX_RANK0_HOST:=localhost}:29500"' in rendered["local_cwd"]
-    assert '"${SLURM_JOB_NODELIST_HET_GROUP_0:=localhost}:29500"' in rendered["slurm"]
+    assert '"${TORCHX_RANK0_HOST:=localhost}:$((20000 + ' in rendered["local_cwd"]
+    assert '"${SLURM_JOB_NODELIST_HET_GROUP_0:=localhost}:$((20000 + ' in rendered["slurm"]
     assert "OMP_NUM_THREADS=2" in rendered["slurm"]
     # The number of the job outlives a requeue, so that the restarted one finds the checkpoint.
     assert "output=/shared/out/'\"$SLURM_JOB_ID\"' dense_optimizer=muon" in rendered["slurm"]
@@ -81,9 +82,37 @@ def test_train_renders_one_line_for_every_scheduler(schedulers: list[str]) -> No
 def test_kubernetes_names_its_first_host() -> None:
     pytest.importorskip("kubernetes", reason="pip install 'muonrec[kubernetes]'")
     request = render(stages.train(j="2x4"), "kubernetes")
-    assert "${VC_TRAIN_0_HOSTS:=localhost}:29500" in request
+    assert "${VC_TRAIN_0_HOSTS:=localhost}:$((20000 + " in request
     assert "image: muonrec:0.1.0" in request
     assert "RestartJob" in request
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_components_render_on_the_last_stable_torchx_too(tmp_path: Path) -> None:
+    # In an environment of its own: both own the directory torchx/. The kubernetes client it wants is an old one.
+    venv.create(tmp_path / "venv", with_pip=True)
+    python = tmp_path / "venv" / "bin" / "python"
+    install = [str(python), "-m", "pip", "install", "-q", "torchx[kubernetes]==0.7.0", "setuptools"]
+    if (pip := subprocess.run(install, capture_output=True, text=True)).returncode:
+        pytest.skip(f"torchx 0.7.0 cannot be installed here: {pip.stderr[-200:]}")
+    program = """
+from torchx.runner import get_runner
+from torchx.specs import file_linter
+from components import stages
+mounts = ["type=volume", "src=claim", "dst=/out"]
+apps = stages.data(mounts=mounts), stages.train(j="2x4", mounts=mounts), stages.evaluate(run="out/a", j="2x4")
+for name in ("data", "train", "evaluate"):
+    assert file_linter.validate("components/stages.py", name) == []
+with get_runner() as runner:
+    for app in apps:
+        for scheduler, cfg in (("local_cwd", {}), ("slurm", {}), ("kubernetes", {"queue": "default"})):
+            text = str(runner.dryrun(app, scheduler=scheduler, cfg=cfg))
+            assert "exec torchrun" in text or "pipeline.data" in text, (scheduler, text)
+            print(app.name, scheduler, "ok")
+"""
+    done = subprocess.run([str(python), "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.count("ok\n") == 9, done.stdout + done.stderr
 
 
 def test_data_and_evaluate_run_their_stages() -> None:
@@ -92,7 +121,7 @@ def test_data_and_evaluate_run_their_stages() -> None:
     evaluate = stages.evaluate("compare=[out/b]", run="out/a", j="1x8", cpu=8)
     assert evaluate.roles[0].args == [
         "-c",
-        "exec torchrun --standalone --nnodes 1 --nproc-per-node 8 --max-restarts 0 "
+        "exec torchrun --standalone --nnodes 1 --nproc-per-node 8 --max-restarts 0 --shutdown-timeout 30 "
         "-m pipeline.eval out/a 'compare=[out/b]'",
     ]
 
@@ -111,6 +140,38 @@ def test_an_argument_reaches_the_stage_as_it_was_typed(argument: str) -> None:
 def test_the_app_id_stays_open_for_torchx() -> None:
     line = _torchrun.python_command("stage", [f"output=/my out/{macros.app_id}"])
     assert shlex.split(Template(line).safe_substitute(app_id="job-7"))[-1] == "output=/my out/job-7"
+
+
+def rendezvous_port(job: str, **arguments: int) -> int:
+    """What bash on the node makes of the endpoint of job ``job``."""
+    (line,) = stages.train(j="2x1", **arguments).roles[0].args[1:]
+    line = Template(line).safe_substitute(app_id=job, rank0_env="HOST").replace("exec torchrun", "printf '%s\\n'")
+    said = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=True).stdout.splitlines()
+    host, port = said[said.index("--rdzv-endpoint") + 1].split(":")
+    assert host == "localhost"
+    return int(port)
+
+
+def test_every_job_meets_at_a_port_of_its_own() -> None:
+    ports = [rendezvous_port(str(job)) for job in range(100, 120)]
+    assert len(set(ports)) == 20 and min(ports) >= 20000 and max(ports) < 30000
+    assert ports[0] == rendezvous_port("100")  # the same on every node
+    assert rendezvous_port("100", rdzv_port=29501) == 29501
+
+
+def test_mounts_are_typed_and_a_wrong_one_shows_the_form() -> None:
+    mounts = "type=volume,src=logs,dst=/data,readonly,type=bind,src=/scratch,dst=/out".split(",")
+    assert stages.train(mounts=mounts).roles[0].mounts == [
+        VolumeMount(src="logs", dst_path="/data", read_only=True),
+        BindMount(src_path="/scratch", dst_path="/out", read_only=False),
+    ]
+    with pytest.raises(ValueError, match="type must be specified first; pass for instance type=volume,src=CLAIM"):
+        stages.train(mounts=["src=logs"])
+
+
+def test_an_environment_that_slurm_would_cut_is_refused() -> None:
+    with pytest.raises(ValueError, match="NCCL_SOCKET_IFNAME has a comma in its value"):
+        stages.data(env={"NCCL_SOCKET_IFNAME": "eth0,eth1"})
 
 
 @pytest.mark.parametrize("j", ["2", "0x2", "2x", "x", "1:2x4", "2x2x2"])
