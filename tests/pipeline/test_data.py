@@ -478,7 +478,8 @@ def test_an_extension_appends_described_items_and_keeps_what_its_ancestor_knew(t
     log_rows = [f"u{user},{item},{time}" for user in range(4) for time, item in enumerate(["a", "i4", "z"])]
     log = csv_log(tmp_path, log_rows, "new.csv")
     settings = {"source": log, "output": tmp_path / "new", "extends": tmp_path / "data"}
-    rows = [{"asin": "z", "title": "new z"}, {"asin": "i4", "title": "new four"}]
+    others = [{"asin": f"other{row}", "title": "of no item here"} for row in range(9)]
+    rows = [*others, {"asin": "z", "title": "new z"}, {"asin": "i4", "title": "new four"}]
     manifest = build_dataset(config(tmp_path, **settings, items=items_file(tmp_path, rows, "new.json")))
     table = load_items(tmp_path / "new")
     assert table.column("raw_id").to_pylist() == ["i0", "i1", "i2", "i3", "i4", "a", "z"]
