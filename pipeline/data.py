@@ -27,6 +27,7 @@ import pydantic
 
 from muonrec.config import Config, describe, parse_config, read_yaml
 from muonrec.data.download import fetch
+from muonrec.data.engines import EngineName
 from muonrec.data.events import READERS, AmazonSource, FileSource, MovielensSource
 from muonrec.data.items import METADATA, AmazonItems, FileItems, MovielensItems, read_items
 from muonrec.data.rejected import RejectedRows
@@ -76,7 +77,9 @@ class DataConfig(Config):
         ties: order of a user's events of one second: ``shuffle`` (seeded), ``file_order``, or ``drop`` them all.
         seed: of the shuffle of ties.
         num_shards: files that the users are dealt to.
-        memory_limit: of the database; does not change the result.
+        engine: ``duckdb``, in this process, or ``spark``, on the nodes of the component ``data`` or on a cluster of yours
+            (`muonrec.data.engines.Spark`); does not change the result.
+        memory_limit: of the database, or of each process of Spark; does not change the result.
     """
 
     source: Source
@@ -90,6 +93,7 @@ class DataConfig(Config):
     ties: Ties = "shuffle"
     seed: int = 0
     num_shards: int = pydantic.Field(default=16, ge=1, le=99_999)
+    engine: EngineName = "duckdb"
     memory_limit: Annotated[str, pydantic.Field(pattern=r"^\d+(\.\d+)? ?[KMGT]i?B$")] = "4GiB"
 
 
@@ -171,7 +175,7 @@ def build_dataset(config: DataConfig) -> Manifest:
         work.mkdir()
         with (
             RejectedRows(_rejected_path(config.output)) as rejected,
-            EventStore(work, memory_limit=config.memory_limit) as store,
+            EventStore(work, memory_limit=config.memory_limit, engine=config.engine) as store,
         ):
             with phases.phase("read", total=getattr(config.source, "num_events_expected", None)) as progress:
                 reader = _open_source(config, progress, rejected)
@@ -292,7 +296,7 @@ _PLACES = ("path", "download", "accept_terms")  # where a source is, not what it
 def _deciding(settings: dict[str, Any]) -> dict[str, Any]:
     """The settings of a data stage without those under which the sequences would be the same."""
     settings = {**settings, "source": {**settings["source"]}, "extends": settings.get("extends") is not None}
-    for name in ("output", "items", "memory_limit", "max_rejected_share"):
+    for name in ("output", "items", "engine", "memory_limit", "max_rejected_share"):
         settings.pop(name, None)
     for name in _PLACES:
         settings["source"].pop(name, None)
