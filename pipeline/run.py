@@ -7,8 +7,10 @@ import dataclasses
 import hashlib
 import json
 import logging
+import os
 import shlex
 import signal
+import subprocess
 import sys
 import time
 import warnings
@@ -95,6 +97,9 @@ def run(options: argparse.Namespace) -> None:
         raise ValueError(f"there is no {_COMPONENTS} in {Path.cwd()}; start from the root of the clone")
     if any(override.startswith("output=") for override in options.overrides):
         raise ValueError("output is OUT/<id of the job>, which outlives a restart; pass --out instead of output=")
+    # Jobs of SLURM inherit the environment: one that starts again would truncate its logs.
+    os.environ.setdefault("SLURM_OPEN_MODE", "append")
+    os.environ.setdefault("SBATCH_OPEN_MODE", "append")
     with get_runner(component_defaults=load_sections(prefix="component")) as runner:
         if options.scheduler not in (known := runner.scheduler_backends()):
             raise ValueError(f"--scheduler {options.scheduler} is not known; pass one of {', '.join(known)}")
@@ -167,7 +172,10 @@ class Driver:
         run = state.stages.get("train", {}).get("run")
         state.write(stage, state="submitting", settings=settings)
         request = self.request(stage, run)
-        handle = self.runner.schedule(request)
+        try:
+            handle = self.runner.schedule(request)
+        except subprocess.CalledProcessError as error:
+            raise OSError(f"{stage} was refused: {shlex.join(error.cmd[:1])} said why above") from None
         facts: dict[str, Any] = {"handle": handle, "replicas": sum(role.num_replicas for role in request.app.roles)}
         if stage == "train":
             # A run that failed goes on in its folder, as another job.

@@ -33,6 +33,7 @@ from muonrec.models import MODELS, SASRecConfig, ShardedEncoder
 from muonrec.optim import Schedule, format_routing
 from muonrec.retrieval import rank_targets
 from muonrec.runlog import Clock, RunLog, configure_logging, run_stage
+from muonrec.supervision import Supervision
 from pipeline.data import DataConfig, check_same_data
 from pipeline.plan import parse_ranks, parse_rows, print_plan
 
@@ -230,17 +231,19 @@ def plan(arguments: argparse.Namespace) -> None:
 
 
 def train(config: TrainConfig, ranks: Ranks) -> None:
-    """Train as ``config`` says; every rank must call it."""
+    """Train as ``config`` says; every rank must call it. SIGTERM on any of them saves, and ends all with status 143."""
     run = Run.start(config, ranks)
+    supervision = Supervision(config.output, ranks)
     root = config.output / "checkpoints"
     step, best = run.resume(root)
+    saved = step
     accumulated = AccumulatedStep(run.optimizer)
     pipeline = TrainPipelineSparseDist(run.model, accumulated, ranks.device)
     log = RunLog(
         config.output, enabled=ranks.is_first, start_step=step, num_steps=run.num_steps, tensorboard=config.tensorboard
     )
     clock = Clock(already_s=best.seconds)
-    with log:
+    with log, supervision:
         while step < run.num_steps and not best.is_stale(config.validation.patience):
             # A stretch between two validations: the pipeline ends it with no batch in flight, since TorchRec's sharded
             # modules cannot evaluate while a batch is half way through them.
@@ -248,6 +251,10 @@ def train(config: TrainConfig, ranks: Ranks) -> None:
             batches = run.batches(step, end)
             run.model.train()
             while step < end:
+                if supervision.must_stop():
+                    if step != saved:
+                        run.save(root, step, dataclasses.replace(best, seconds=clock.seconds))
+                    supervision.stop(step)
                 rates = run.set_rates(step)
                 run.seed_dropout(step)
                 statistics = {"loss_nats": 0.0, "num_targets": 0.0}
@@ -262,7 +269,9 @@ def train(config: TrainConfig, ranks: Ranks) -> None:
                     log.show(step, loss_nats=statistics["loss_nats"], events_per_s=numbers["events_per_s"])
                 if step % config.checkpoints.every_steps == 0 and step != end:
                     with clock.paused():
+                        supervision.check_lease()
                         run.save(root, step, dataclasses.replace(best, seconds=clock.seconds))
+                        saved = step
 
             with clock.paused():
                 run.model = pipeline.detach()
@@ -272,7 +281,9 @@ def train(config: TrainConfig, ranks: Ranks) -> None:
                 log.write(step, **metrics, seconds=clock.seconds)
                 ndcg = metrics["valid_ndcg@10"]
                 log.say(f"step {step}: validation NDCG@10 {ndcg:.4f}, best {best.value:.4f} at {best.step}")
+                supervision.check_lease()
                 run.save(root, step, best)
+                saved = step
     logger.info(
         "trained %d steps in %.0f s; best validation NDCG@10 %.4f at step %d; the run is in %s",
         step,
