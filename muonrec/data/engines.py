@@ -136,6 +136,74 @@ class Spark:
                 "spark.master": "local[*]",
                 "spark.driver.memory": heap,
                 "spark.sql.shuffle.partitions": str(_SPARK_LOCAL_PARTITIONS),
+                # A session of its own needs no address that others see.
+                "spark.driver.host": "127.0.0.1",
+                "spark.driver.bindAddress": "127.0.0.1",
+            }
+        self._session = SparkSession.builder.appName("muonrec.data").config(map=settings).getOrCreate()
+        self._wait_for_executor()
+
+    def create(self, table: str, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> None:
+        folder = self._folder / f"given-{next(self._files)}"
+        folder.mkdir()
+        for number, rows in enumerate(_files_of(batches, schema)):
+            pq.write_table(rows, folder / f"{number:06d}.parquet")
+        self.execute(f"CREATE TABLE {table} USING parquet LOCATION '{folder.as_uri()}'")
+
+    def execute(self, sql: str) -> None:
+        self._session.sql(sql)
+
+    def execute_with(self, rows: pa.RecordBatch | pa.Table, sql: str) -> None:
+        path = self._folder / f"given-{next(self._files)}.parquet"
+        pq.write_table(rows if isinstance(rows, pa.Table) else pa.Table.from_batches([rows]), path)
+        self._session.read.parquet(path.as_uri()).createOrReplaceTempView("batch")
+        self.execute(sql)
+        path.unlink()
+
+    def fetch(self, sql: str) -> list[tuple[Any, ...]]:
+        return [tuple(row) for row in self._session.sql(sql).collect()]
+
+    def stream(self, sql: str, batch_rows: int) -> pa.RecordBatchReader:
+        # Through files and not through the driver's heap. A global ORDER BY cuts the rows into ranges, a file each;
+        # names ascend with the ranges.
+        folder = self._folder / f"result-{next(self._files)}"
+        self._session.sql(sql).write.parquet(folder.as_uri())
+        files = sorted(folder.glob("part-*.parquet"))
+
+        def batches() -> Iterator[pa.RecordBatch]:
+            for path in files:
+                yield from pq.ParquetFile(path).iter_batches(batch_rows)
+                path.unlink()
+
+        return pa.RecordBatchReader.from_batches(pq.read_schema(files[0]), batches())
+
+    def close(self) -> None:
+        self._session.stop()
+
+    def explain_error(self, error: BaseException) -> str | None:
+        if "OutOfMemoryError" not in str(error):
+            return None
+        return (
+            f"memory_limit {self._memory_limit} is too small for a Spark process on this log; raise data.memory_limit, "
+            "or start more workers"
+        )
+
+    def _wait_for_executor(self) -> None:
+        """Spark itself would wait for ever where no worker has as much memory as an executor asks for."""
+        context = self._session.sparkContext
+        deadline = time.monotonic() + _EXECUTOR_WAIT_S
+        # The driver is the first of the list.
+        while not context.master.startswith("local") and context._jsc.sc().getExecutorMemoryStatus().size() < 2:
+            if time.monotonic() > deadline:
+                self.close()
+                raise ValueError(
+                    f"no executor came from {context.master} within {_EXECUTOR_WAIT_S} s: its workers may have less "
+                    f"memory than memory_limit {self._memory_limit}; lower data.memory_limit, or see their logs"
+                )
+            time.sleep(0.5)
+
+
+ENGINES: dict[str, Callable[..., Engine]] = {"duckdb": DuckDB, "spark": Spark}
 
 
 def _files_of(batches: Iterable[pa.RecordBatch], schema: pa.Schema) -> Iterator[pa.Table]:

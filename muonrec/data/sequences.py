@@ -12,9 +12,11 @@ from typing import Annotated, Any, Literal, TypeAlias
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pydantic
+from upath import UPath
 
 from muonrec.config import Config, name_only
 from muonrec.data.engines import ENGINES, EngineName
+from muonrec.data.places import parquet_of
 from muonrec.data.shards import ITEMS, USERS
 
 logger = logging.getLogger(__name__)
@@ -104,13 +106,6 @@ WHERE k.raw_id IS NULL
 
 _SQL_TIME_RANGE = "SELECT MIN(timestamp_s), MAX(timestamp_s), COUNT(*) - COUNT(timestamp_s) FROM events"
 
-_SQL_TIED = """
-WITH moments AS (
-    SELECT COUNT(*) AS num_events FROM events WHERE timestamp_s IS NOT NULL GROUP BY user_code, timestamp_s
-)
-SELECT COALESCE(SUM(num_events), 0) FROM moments WHERE num_events > 1
-"""
-
 # The time of the event at place n of the log in order of time; events of one second stay on one side.
 _SQL_CUT = """
 WITH seconds AS (SELECT timestamp_s, COUNT(*) AS num_events FROM events GROUP BY timestamp_s),
@@ -178,6 +173,7 @@ FROM counted GROUP BY user_code
 
 _SQL_PART_SIZES = "SELECT SUM(num_train), SUM(num_valid), SUM(num_test) FROM parts"
 
+# Shard and user are one number, as in muonrec.data.shards: what a sort of 100 M events carries counts.
 # md5 and not an engine's own hash(), which changes with its version; raw ids and not codes, which change with the log.
 _SQL_ORDERED = """
 SELECT u.user_id AS user_id, i.item_id AS item_id, e.timestamp_s AS timestamp_s, e.source_row AS source_row,
@@ -188,7 +184,7 @@ FROM events e
 JOIN users u ON u.code = e.user_code
 JOIN items i ON i.code = e.item_code
 JOIN parts p ON p.user_code = e.user_code
-ORDER BY MOD(u.user_id, {num_shards}), u.user_id, e.timestamp_s, {tie}, e.source_row
+ORDER BY MOD(u.user_id, {num_shards}) * 1099511627776 + u.user_id, e.timestamp_s, {tie}, e.source_row
 """
 # 48 bits of it: DuckDB keeps twelve characters within its rows, which a sort of 100 M events would else have to chase.
 _SQL_TIE = {
@@ -411,7 +407,7 @@ class EventStore:
             raise ValueError(f"k_core={k} leaves no event ({history}); lower data.k_core or pass a denser log")
         return rounds
 
-    def build_vocabularies(self, ancestor: Path | None = None) -> tuple[int, int]:
+    def build_vocabularies(self, ancestor: Path | UPath | None = None) -> tuple[int, int]:
         """Number users and items from 0 in the order of their raw ids; returns how many there are of each.
 
         Args:
@@ -419,7 +415,7 @@ class EventStore:
         """
         for kind, file in (("user", USERS), ("item", ITEMS)):
             known = pa.schema([(f"{kind}_id", pa.int64()), ("raw_id", pa.string())])
-            batches = [] if ancestor is None else pq.ParquetFile(ancestor / file).iter_batches(columns=known.names)
+            batches = [] if ancestor is None else pq.ParquetFile(parquet_of(ancestor / file)).iter_batches(columns=known.names)
             self._engine.create(f"known_{kind}s", known, batches)
             num_known = self._number(f"SELECT COUNT(*) FROM known_{kind}s")
             self._engine.execute(_SQL_VOCABULARY.format(kind=kind, num_known=num_known))
@@ -428,7 +424,7 @@ class EventStore:
     def load_metadata(
         self,
         reader: pa.RecordBatchReader,
-        ancestor: Path | None = None,
+        ancestor: Path | UPath | None = None,
         *,
         on_rows: Callable[[int], None] = lambda num_rows: None,
     ) -> tuple[int, int]:
@@ -455,8 +451,8 @@ class EventStore:
                 num_rows += len(batch)
                 on_rows(len(batch))
         num_duplicates = self._number("SELECT COUNT(*) - COUNT(DISTINCT item_id) FROM metadata")
-        if ancestor is not None and set(reader.schema.names[1:-1]) <= set(pq.read_schema(ancestor / ITEMS).names):
-            for batch in pq.ParquetFile(ancestor / ITEMS).iter_batches(batch_size=_STREAM_TEXTS):
+        if ancestor is not None and set(reader.schema.names[1:-1]) <= set(pq.read_schema(parquet_of(ancestor / ITEMS)).names):
+            for batch in pq.ParquetFile(parquet_of(ancestor / ITEMS)).iter_batches(batch_size=_STREAM_TEXTS):
                 known = batch.select(["raw_id", *reader.schema.names[1:-1], "item_id"])
                 self._engine.execute_with(known.rename_columns(reader.schema.names), _SQL_ANCESTOR_METADATA)
         return num_rows, num_duplicates
@@ -473,10 +469,6 @@ class EventStore:
                 f"{num_without} events have no time and others have; give all a time or columns.timestamp_s: null"
             )
         return None if first is None else (int(first), int(last))
-
-    def num_tied_events(self) -> int:
-        """Events that share user and timestamp with another."""
-        return self._number(_SQL_TIED)
 
     def split(self, split: LeaveOneOut | GlobalTimeSplit | RatioSplit, *, ties: Ties, seed: int) -> dict[str, Any]:
         """Decide how many of each user's events, in order, belong to train, valid and test.

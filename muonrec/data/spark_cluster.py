@@ -43,6 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--num-replicas", type=int, required=True)
     parser.add_argument("--hosts", required=True, help="host of replica 0, alone or first of a list")
     parser.add_argument("--port", type=int, required=True, help="of the master; its state is served on the next")
+    parser.add_argument("--cores", type=int, help="of this replica's worker; all that it may use unless given")
     parser.add_argument("--wait-s", type=float, default=600, help="for the master, and for all workers")
     parser.add_argument("command", nargs="+", help="of the driver, on replica 0")
     options = parser.parse_args(arguments)
@@ -50,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, _exit_on_signal)
     host = re.split(r"[,\s]+", options.hosts.strip())[0]
     with tempfile.TemporaryDirectory(prefix="muonrec-spark-") as folder:
-        replica = _Replica(Path(folder), host, options.port, options.wait_s)
+        replica = _Replica(Path(folder), host, options.port, wait_s=options.wait_s, cores=options.cores)
         try:
             if options.replica == 0:
                 return replica.lead(options.num_replicas, options.command)
@@ -69,10 +70,11 @@ class _ClusterError(Exception):
 class _Replica:
     """The processes of one replica."""
 
-    def __init__(self, folder: Path, host: str, port: int, wait_s: float) -> None:
+    def __init__(self, folder: Path, host: str, port: int, *, wait_s: float, cores: int | None) -> None:
         self._folder = folder
         self._host, self._port = host, port
         self._wait_s = wait_s
+        self._cores = cores or len(os.sched_getaffinity(0))
         self._daemons: dict[str, subprocess.Popen] = {}
 
     def lead(self, num_replicas: int, command: Sequence[str]) -> int:
@@ -118,7 +120,7 @@ class _Replica:
         self._wait(lambda: _address_towards(self._host, self._port) is not None, "the master listened")
         address = _address_towards(self._host, self._port) or self._host
         self._start(
-            "worker.Worker", "--host", address, "--cores", str(len(os.sched_getaffinity(0))), "--webui-port", "0",
+            "worker.Worker", "--host", address, "--cores", str(self._cores), "--webui-port", "0",
             "--work-dir", str(self._folder), f"spark://{self._host}:{self._port}",
             address=address,
         )  # fmt: skip
