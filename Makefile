@@ -79,7 +79,7 @@ test-gpu: $(STAMP)  ## the ones that need CUDA
 	$(RUN) python -m pytest -m gpu --timeout 600
 
 test-slurm: $(STAMP)  ## launch for real: a two-node SLURM cluster on this machine (Debian, root), and its faults
-	$(RUN) OMP_NUM_THREADS=1 python -m pytest tests/slurm -m slurm --timeout 1200
+	$(RUN) OMP_NUM_THREADS=1 python -m pytest tests/slurm -m slurm --timeout 1200 --durations 0
 
 test-spark: $(STAMP)  ## the data stage on Spark, alone and on two nodes; installs PySpark, needs Java 17
 	@java -version 2>/dev/null || { echo "Spark needs Java 17: apt install openjdk-17-jre-headless"; exit 1; }

@@ -8,6 +8,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -178,8 +179,8 @@ class Driver:
             raise OSError(f"{stage} was refused: {shlex.join(error.cmd[:1])} said why above") from None
         facts: dict[str, Any] = {"handle": handle, "replicas": sum(role.num_replicas for role in request.app.roles)}
         if stage == "train":
-            # A run that failed goes on in its folder, as another job.
-            facts["run"] = run or f"{self.options.out}/{handle.rpartition('/')[2]}"
+            # A run that failed goes on in its folder, as another job. Kubernetes' handles end in namespace:app id.
+            facts["run"] = run or f"{self.options.out}/{re.split('[/:]', handle)[-1]}"
         state.write(stage, state="submitted", submitted=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **facts)
         logger.info("%s: submitted %s%s", stage, handle, f", writes to {facts['run']}" if "run" in facts else "")
         return handle

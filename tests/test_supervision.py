@@ -6,9 +6,11 @@ import signal
 import time
 
 import pytest
+import torch
 
-from muonrec import checkpoint
+from muonrec import checkpoint, supervision
 from muonrec.config import load_config
+from muonrec.mesh import Ranks
 from muonrec.supervision import Lease, Superseded
 from pipeline.train import Run, TrainConfig, train
 from tests.distributed.ranks import run_on_ranks
@@ -97,6 +99,17 @@ def test_before_a_checkpoint_the_lease_is_looked_at_however_recent_the_last_look
 
 def take_at_once(run):
     Lease(run.config.output).take()
+
+
+def test_a_rank_that_hangs_writes_where(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(supervision, "_HANGS_AFTER_S", 0.2)
+    with supervision.Supervision(tmp_path, Ranks(0, 1, torch.device("cpu"))) as watching:
+        assert not watching.must_stop()
+        time.sleep(0.5)
+    said = capfd.readouterr().err
+    assert "Timeout" in said and "in test_a_rank_that_hangs_writes_where" in said
+    time.sleep(0.3)
+    assert capfd.readouterr().err == ""  # the end of the run is no hang
 
 
 def test_a_lease_belongs_to_whoever_took_it_last(tmp_path):

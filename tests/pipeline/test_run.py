@@ -166,6 +166,8 @@ def test_the_driver_needs_no_torch():
 class Cluster:
     """A runner whose jobs have the states one gives them; ``None``: unknown, an exception: no answer."""
 
+    scheduler = "slurm://torchx/"
+
     def __init__(self, **states):
         self.states = {handle: list(of) for handle, of in states.items()}
         self.submitted = []
@@ -178,7 +180,7 @@ class Cluster:
 
     def schedule(self, request):
         self.submitted.append(request.arguments)
-        return f"slurm://torchx/{request.stage}{len(self.submitted)}"
+        return f"{self.scheduler}{request.stage}{len(self.submitted)}"
 
     def status(self, handle):
         states = self.states[handle.rpartition("/")[2]]
@@ -220,6 +222,13 @@ def test_a_run_that_failed_goes_on_in_its_folder_as_another_job(tmp_path, before
 def test_a_job_that_looks_failed_until_slurm_requeues_it_has_not_failed(tmp_path):
     cluster = Cluster(train1=["RUNNING", "FAILED", "PENDING", "RUNNING", "SUCCEEDED"])
     assert drive(tmp_path, cluster)["state"] == "SUCCEEDED"
+
+
+@pytest.mark.parametrize("scheduler", ["slurm://torchx/", "local_cwd://torchx/", "kubernetes://torchx/muonrec:"])
+def test_the_runs_folder_is_named_by_the_app_id(tmp_path, scheduler):
+    cluster = Cluster(**{f"{scheduler}train1".rpartition("/")[2]: ["SUCCEEDED"]})
+    cluster.scheduler = scheduler
+    assert drive(tmp_path, cluster)["run"] == "/o/train1"
 
 
 def test_a_failure_shows_the_end_of_every_replicas_log(tmp_path):
