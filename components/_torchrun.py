@@ -1,4 +1,4 @@
-"""The command line of a stage and its app: how N nodes find themselves, on a laptop, on SLURM and on Kubernetes alike."""
+"""The command line of a stage and its app: how nodes find each other, on a laptop, on SLURM and on Kubernetes alike."""
 
 import shlex
 from pathlib import Path

@@ -81,7 +81,7 @@ class DataConfig(Config):
         ties: order of a user's events of one second: ``shuffle`` (seeded), ``file_order``, or ``drop`` them all.
         seed: of the shuffle of ties.
         num_shards: files that the users are dealt to.
-        engine: ``duckdb``, in this process, or ``spark``, on the nodes of the component ``data`` or on a cluster of yours
+        engine: ``duckdb``, in this process, or ``spark``, on the nodes of the component ``data`` or on your own cluster
             (`muonrec.data.engines.Spark`); does not change the result.
         memory_limit: of the database, or of each process of Spark; does not change the result.
     """

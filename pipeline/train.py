@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import logging
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -592,11 +593,16 @@ def choose_checkpoint(folder: Path, which: str) -> Path:
 
 
 def check_output(config: TrainConfig) -> None:
-    """Refuse an output folder that holds a run of another config.
+    """Refuse an output folder that holds a run of another config, and one that is no folder.
 
     Raises:
         ValueError: names what differs.
     """
+    if re.match(r"[a-z][a-z0-9+.-]+:/", str(config.output)):
+        raise ValueError(
+            f"output {config.output} is a URL, but checkpoints need a folder on storage that all nodes share; "
+            "pass one, and copy the run when it is done"
+        )
     resolved = config.output / "resolved.yaml"
     if not resolved.is_file() or checkpoint.newest(config.output / "checkpoints") is None:
         return  # nothing was learned there yet

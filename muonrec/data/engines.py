@@ -193,7 +193,7 @@ class Spark:
         context = self._session.sparkContext
         deadline = time.monotonic() + _EXECUTOR_WAIT_S
         # The driver is the first of the list.
-        while not context.master.startswith("local") and context._jsc.sc().getExecutorMemoryStatus().size() < 2:
+        while not str(context.master).startswith("local") and context._jsc.sc().getExecutorMemoryStatus().size() < 2:
             if time.monotonic() > deadline:
                 self.close()
                 raise ValueError(
@@ -213,10 +213,12 @@ def _files_of(batches: Iterable[pa.RecordBatch], schema: pa.Schema) -> Iterator[
     for batch in batches:
         waiting.append(batch)
         if sum(map(len, waiting)) >= _SPARK_FILE_ROWS:
-            yield pa.Table.from_batches(waiting, schema)
+            yield pa.Table.from_batches(waiting).cast(schema)
             waiting, is_first = [], False
-    if waiting or is_first:
-        yield pa.Table.from_batches(waiting, schema)
+    if waiting:
+        yield pa.Table.from_batches(waiting).cast(schema)
+    elif is_first:
+        yield schema.empty_table()
 
 
 def _mebibytes(size: str) -> int:

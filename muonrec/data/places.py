@@ -39,11 +39,6 @@ Place: TypeAlias = Annotated[
 ]
 
 
-def is_local(path: Path | UPath) -> bool:
-    """Whether ``path`` lies on a file system of this machine, where a rename is atomic."""
-    return isinstance(path, Path)
-
-
 def read_bytes(path: Path | UPath) -> bytes:
     """The whole of a file, by one request.
 
@@ -115,7 +110,7 @@ def publish(folder: Path, output: UPath, *, commit: str) -> None:
     for name in [*ours, commit]:
         output.fs.put_file(str(folder / name), (output / name).path)
         if (found := size_of(output / name)) not in (None, size := (folder / name).stat().st_size):
-            raise OSError(f"{output / name} has {found} bytes after {size} were written; see to the store and run again")
+            raise OSError(f"{output / name} has {found} bytes after {size} were written; run the stage again")
     partial.unlink(missing_ok=True)
 
 

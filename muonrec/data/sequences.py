@@ -414,9 +414,10 @@ class EventStore:
             ancestor: folder of an earlier data set, whose users and items all keep their numbers; new ones follow.
         """
         for kind, file in (("user", USERS), ("item", ITEMS)):
-            known = pa.schema([(f"{kind}_id", pa.int64()), ("raw_id", pa.string())])
-            batches = [] if ancestor is None else pq.ParquetFile(parquet_of(ancestor / file)).iter_batches(columns=known.names)
-            self._engine.create(f"known_{kind}s", known, batches)
+            schema = pa.schema([(f"{kind}_id", pa.int64()), ("raw_id", pa.string())])
+            known = None if ancestor is None else pq.ParquetFile(parquet_of(ancestor / file))
+            batches = [] if known is None else known.iter_batches(columns=schema.names)
+            self._engine.create(f"known_{kind}s", schema, batches)
             num_known = self._number(f"SELECT COUNT(*) FROM known_{kind}s")
             self._engine.execute(_SQL_VOCABULARY.format(kind=kind, num_known=num_known))
         return self._number("SELECT COUNT(*) FROM users"), self._number("SELECT COUNT(*) FROM items")
@@ -451,8 +452,9 @@ class EventStore:
                 num_rows += len(batch)
                 on_rows(len(batch))
         num_duplicates = self._number("SELECT COUNT(*) - COUNT(DISTINCT item_id) FROM metadata")
-        if ancestor is not None and set(reader.schema.names[1:-1]) <= set(pq.read_schema(parquet_of(ancestor / ITEMS)).names):
-            for batch in pq.ParquetFile(parquet_of(ancestor / ITEMS)).iter_batches(batch_size=_STREAM_TEXTS):
+        earlier = None if ancestor is None else pq.ParquetFile(parquet_of(ancestor / ITEMS))
+        if earlier is not None and set(reader.schema.names[1:-1]) <= set(earlier.schema_arrow.names):
+            for batch in earlier.iter_batches(batch_size=_STREAM_TEXTS):
                 known = batch.select(["raw_id", *reader.schema.names[1:-1], "item_id"])
                 self._engine.execute_with(known.rename_columns(reader.schema.names), _SQL_ANCESTOR_METADATA)
         return num_rows, num_duplicates

@@ -25,7 +25,7 @@ import pydantic
 from upath import UPath
 
 from muonrec.config import Config
-from muonrec.data.places import is_local, names_in, parquet_of, place, publish, published, read_bytes, size_of
+from muonrec.data.places import names_in, parquet_of, place, publish, published, read_bytes, size_of
 
 logger = logging.getLogger(__name__)
 
@@ -341,7 +341,7 @@ def read_manifest(folder: str | Path | UPath) -> Manifest:
     try:
         text = read_bytes(path)
     except (FileNotFoundError, NotADirectoryError):
-        found = "has no manifest.json" if not is_local(path) or path.parent.is_dir() else "does not exist"
+        found = "has no manifest.json" if not isinstance(path, Path) or path.parent.is_dir() else "does not exist"
         raise ValueError(f"{folder} is not a data set: it {found}; run python -m pipeline.data CONFIG") from None
     except OSError as error:
         raise ValueError(f"{error}; see whether the place is reached from here") from None
@@ -469,7 +469,8 @@ def load_items(folder: str | Path | UPath, *, columns: Sequence[str] | None = No
         )
     table = _read_table(path)
     if unknown := sorted(set(columns or ()) - set(table.column_names)):
-        raise ValueError(f"{path} has no column {', '.join(map(repr, unknown))}; it has {', '.join(table.column_names)}")
+        names = ", ".join(table.column_names)
+        raise ValueError(f"{path} has no column {', '.join(map(repr, unknown))}; it has {names}")
     table = table if columns is None else table.select(list(columns))
     if len(table) != manifest.num_items:
         raise ValueError(_damaged(path, f"has {len(table)} items but the manifest counts {manifest.num_items}"))
@@ -478,7 +479,7 @@ def load_items(folder: str | Path | UPath, *, columns: Sequence[str] | None = No
 
 @contextlib.contextmanager
 def replaced_folder(output: Path | UPath, *, scratch: Path | None = None) -> Iterator[Path]:
-    """Yield an empty folder here whose files, a manifest among them, take the place of ``output`` if the block ends well.
+    """Yield an empty folder here, whose files take the place of ``output`` if the block ends well and vanish if not.
 
     A sibling that is renamed; for an object store, a folder of ``scratch`` that is copied there, the manifest last.
     Killed at any moment, it leaves what `put_right` or the next run mends.
@@ -772,7 +773,7 @@ def _read_table(path: Path | UPath, columns: Sequence[str] | None = None) -> pa.
 
 
 def _sha256(path: Path | UPath) -> str:
-    if not is_local(path):
+    if not isinstance(path, Path):
         return hashlib.sha256(read_bytes(path)).hexdigest()
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,12 +1,11 @@
-"""A Spark cluster of one job, started SPMD: the same command on every replica, with nothing but their number different.
+"""A Spark cluster of one job, started SPMD: the same command on every replica, but for the replica's number.
 
-    python -m muonrec.data.spark_cluster --replica 0 --num-replicas 2 --hosts node1 --port 20100 -- \\
-        python -m pipeline.data CONFIG data.engine=spark
+    python -m muonrec.data.spark_cluster --replica 0 --num-replicas 2 --hosts node1 --port 20100 -- COMMAND
 
-Replica 0 is master, worker and driver: it waits for the workers, runs the command behind ``--`` with
-``PYSPARK_SUBMIT_ARGS`` set to the cluster, and ends with its exit status. The others are workers, which leave once the
-master's port is closed. The first host must resolve, on every node, to an address that all nodes reach. Spark does not
-ask who connects: as with torchrun, the network between the nodes must be trusted.
+Replica 0 is master, worker and driver: it waits for the workers, runs ``COMMAND``, such as ``python -m pipeline.data
+CONFIG data.engine=spark``, with ``PYSPARK_SUBMIT_ARGS`` set to the cluster, and ends with its exit status. The others
+are workers, which leave once the master's port is closed. The first host must resolve, on every node, to an address
+that all nodes reach. Spark does not ask who connects: as with torchrun, the network between the nodes must be trusted.
 """
 
 from __future__ import annotations

@@ -6,16 +6,17 @@ import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from upath import UPath
 
 from muonrec.config import parse_config
-from muonrec.data import places
 from muonrec.data.places import place
 from muonrec.data.shards import ITEMS, MANIFEST, load_sequences, read_manifest, shard_name, verify_dataset
 from pipeline.data import DataConfig
+from pipeline.train import check_output
 from tests.data.test_shards import build
 
 
@@ -144,9 +145,8 @@ def test_rejected_rows_and_ancestors_lie_on_an_object_store_too(tmp_path: Path, 
     log = tmp_path / "more.csv"
     log.write_text("user_id,item_id,timestamp_s\nann,v,7\ndan,x,8\nann,,9\n")
     new = store.with_name("new")
-    build(
-        tmp_path, output=str(new), extends=str(store), source={"format": "csv", "path": str(log)}, max_rejected_share=0.5
-    )
+    source = {"format": "csv", "path": str(log)}
+    build(tmp_path, output=str(new), extends=str(store), source=source, max_rejected_share=0.5)
     assert read_manifest(new).ancestor.num_users == 3
     assert (store.with_name("new.rejected.parquet")).is_file()
 
@@ -175,5 +175,9 @@ def test_an_upload_that_did_not_arrive_whole_is_no_data_set(
 
 def test_a_place_is_a_path_unless_it_has_a_scheme() -> None:
     assert place("out/data") == Path("out/data")
-    assert places.is_local(place("out/data"))
-    assert not places.is_local(place("memory://bucket/data"))
+    assert isinstance(place("memory://bucket/data"), UPath)
+
+
+def test_a_run_cannot_be_trained_into_an_object_store() -> None:
+    with pytest.raises(ValueError, match="output s3:/bucket/run is a URL, but checkpoints need a folder"):
+        check_output(SimpleNamespace(output=Path("s3://bucket/run")))
