@@ -15,6 +15,9 @@ import pyarrow.parquet as pq
 
 EngineName: TypeAlias = Literal["duckdb", "spark"]
 
+# What DuckDB holds of an event while it sorts, key, row and what the joins need beside, with room to spare.
+_SORTED_ROW_BYTES = 160
+
 # Tasks of a shuffle in a session of one machine, where each costs more than it brings; a cluster keeps its own number.
 _SPARK_LOCAL_PARTITIONS = 16
 
@@ -30,7 +33,12 @@ class Engine(Protocol):
     Seen to be equal in both: ``CREATE TABLE ... AS``, ``DROP TABLE``, ``ALTER TABLE ... RENAME TO``, common table
     expressions, window functions, ``md5`` and ``CONCAT`` of UTF-8, ``ORDER BY`` of strings by their bytes. Not equal:
     the place of nulls in an order.
+
+    Attributes:
+        sort_rows: events that it puts in order at once without writing them to disk.
     """
+
+    sort_rows: int
 
     def create(self, table: str, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> None:
         """Create ``table`` of ``batches``, which come one by one; what they raise reaches the caller as it is."""
@@ -59,6 +67,7 @@ class DuckDB:
 
     def __init__(self, folder: Path, *, memory_limit: str) -> None:
         self._memory_limit = memory_limit
+        self.sort_rows = max(1, _mebibytes(memory_limit) * 2**20 // _SORTED_ROW_BYTES)
         self._connection = duckdb.connect(str(folder / "events.duckdb"))
         self._connection.execute(f"SET memory_limit = '{memory_limit}'")
         self._connection.execute(f"SET temp_directory = '{str(folder / 'spill').replace(chr(39), chr(39) * 2)}'")
@@ -114,6 +123,7 @@ class Spark:
         except ImportError:
             raise ImportError("engine spark needs PySpark and Java 17: pip install 'muonrec[spark]'") from None
         self._memory_limit = memory_limit
+        self.sort_rows = 2**62  # it cuts a sort into tasks by itself
         self._folder = folder.resolve()
         self._files = count()
         heap = f"{max(512, _mebibytes(memory_limit))}m"

@@ -34,14 +34,22 @@ WITH seen AS (SELECT DISTINCT {kind}_id AS raw_id FROM source_events)
 SELECT ROW_NUMBER() OVER (ORDER BY raw_id) - 1 AS code, raw_id FROM seen
 """
 
-# Events without a time are told apart by their place in the source: an item met twice is no duplicate there.
+# Events without a time are told apart by their place in the source: an item met twice is no duplicate there. A place
+# stands as a negative time, since readers refuse times before 1970, and codes are as narrow as their number allows: the
+# groups of 100 M events then need two thirds of the memory.
 _SQL_DISTINCT = """
 CREATE TABLE events AS
-SELECT u.code AS user_code, i.code AS item_code, e.timestamp_s AS timestamp_s, MIN(e.source_row) AS source_row
-FROM source_events e
-JOIN user_codes u ON u.raw_id = e.user_id
-JOIN item_codes i ON i.raw_id = e.item_id
-GROUP BY u.code, i.code, e.timestamp_s, CASE WHEN e.timestamp_s IS NULL THEN e.source_row END
+WITH coded AS (
+    SELECT CAST(u.code AS {user_type}) AS user_code, CAST(i.code AS {item_type}) AS item_code,
+           COALESCE(e.timestamp_s, -1 - e.source_row) AS moment, e.source_row AS source_row
+    FROM source_events e
+    JOIN user_codes u ON u.raw_id = e.user_id
+    JOIN item_codes i ON i.raw_id = e.item_id
+), firsts AS (
+    SELECT user_code, item_code, moment, MIN(source_row) AS source_row
+    FROM coded GROUP BY user_code, item_code, moment
+)
+SELECT user_code, item_code, CASE WHEN moment >= 0 THEN moment END AS timestamp_s, source_row FROM firsts
 """
 
 # What the next round would drop: at the fixed point nothing is copied.
@@ -184,6 +192,7 @@ FROM events e
 JOIN users u ON u.code = e.user_code
 JOIN items i ON i.code = e.item_code
 JOIN parts p ON p.user_code = e.user_code
+WHERE MOD(u.user_id, {num_shards}) >= {first_shard} AND MOD(u.user_id, {num_shards}) < {end_shard}
 ORDER BY MOD(u.user_id, {num_shards}) * 1099511627776 + u.user_id, e.timestamp_s, {tie}, e.source_row
 """
 # 48 bits of it: DuckDB keeps twelve characters within its rows, which a sort of 100 M events would else have to chase.
@@ -354,9 +363,12 @@ class EventStore:
     def drop_duplicates(self) -> int:
         """Keep one of the events with the same user, item and time, the first in the source; returns how many went."""
         before = self._number("SELECT COUNT(*) FROM source_events")
+        types = {}
         for kind in ("user", "item"):
             self._engine.execute(_SQL_CODES.format(kind=kind))
-        self._engine.execute(_SQL_DISTINCT)
+            is_narrow = self._number(f"SELECT COUNT(*) FROM {kind}_codes") < 2**31
+            types[f"{kind}_type"] = "INTEGER" if is_narrow else "BIGINT"
+        self._engine.execute(_SQL_DISTINCT.format(**types))
         self._engine.execute("DROP TABLE source_events")
         return before - self._number("SELECT COUNT(*) FROM events")
 
@@ -517,8 +529,21 @@ class EventStore:
             seed: of the shuffle.
             num_shards: user ``u`` goes to shard ``u % num_shards``.
         """
-        sql = _SQL_ORDERED.format(num_shards=int(num_shards), tie=_SQL_TIE[ties].format(seed=int(seed)))
-        return self._engine.stream(sql, _STREAM_ROWS)
+        tie = _SQL_TIE[ties].format(seed=int(seed))
+        # As many shards at a time as the engine sorts without spilling: to read all events again costs less.
+        num_events = self._number("SELECT COUNT(*) FROM events")
+        num_passes = min(num_shards, max(1, -(-num_events // self._engine.sort_rows)))
+        edges = [num_shards * number // num_passes for number in range(num_passes + 1)]
+
+        def passes() -> Iterator[pa.RecordBatchReader]:
+            for first, end in itertools.pairwise(edges):
+                sql = _SQL_ORDERED.format(num_shards=int(num_shards), first_shard=first, end_shard=end, tie=tie)
+                yield self._engine.stream(sql, _STREAM_ROWS)
+
+        readers = passes()
+        reader = next(readers)
+        batches = itertools.chain(reader, itertools.chain.from_iterable(readers))
+        return pa.RecordBatchReader.from_batches(reader.schema, batches)
 
     def vocabulary(self, kind: Literal["user", "item"]) -> pa.RecordBatchReader:
         """Stream ``<kind>_id, raw_id`` in order of the id."""

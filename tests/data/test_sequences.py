@@ -11,6 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from muonrec.data import engines
+from muonrec.data.engines import DuckDB
 from muonrec.data.events import EVENT_SCHEMA
 from muonrec.data.sequences import EventStore, GlobalTimeSplit, LeaveOneOut, RatioSplit
 
@@ -196,6 +198,17 @@ def test_file_order_survives_relabeling_of_the_items() -> None:
     assert {user: [names[item] for item in found["items"]] for user, found in before.items()} == {
         user: found["items"] for user, found in after.items()
     }
+
+
+def test_sorting_in_passes_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    events = random_log(8, num_seconds=20)
+    whole = run(events, k_core=2)
+    asked = []
+    stream = DuckDB.stream
+    monkeypatch.setattr(DuckDB, "stream", lambda self, sql, rows: asked.append(sql) or stream(self, sql, rows))
+    monkeypatch.setattr(engines, "_SORTED_ROW_BYTES", 512 * 2**20 // 150)  # 150 of some 370 events
+    assert run(events, k_core=2) == whole
+    assert sum("num_train" in sql for sql in asked) == 3
 
 
 def test_the_seed_moves_ties_and_nothing_else() -> None:
