@@ -274,6 +274,23 @@ def test_missing_metadata_name_their_setting(tmp_path: Path) -> None:
         read(tmp_path / "nothing.csv", "csv")
 
 
+def test_literals_made_to_exhaust_the_parser_are_rejected_like_others(tmp_path: Path) -> None:
+    hostile = [
+        "-" * 99_999 + "1",
+        "+".join("1" * 99_999),
+        "(" * 9_999,
+        "{1:" * 9_999,
+        "a" + "()" * 99_999,
+        "9" * 99_999,
+    ]
+    hostile += ["0x" + "f" * 99_999, "\0"]
+    path = write(tmp_path / "m.json", "".join(f"{{'asin': {value}}}\n" for value in hostile) + "{'asin': 'A'}\n")
+    with RejectedRows(tmp_path / "rejected.parquet") as rejected:
+        assert read(path, "amazon_2014", rejected) == [item(0, "A")]
+    assert rejected.num_by_kind.total() == len(hostile)
+    assert set(rejected.num_by_kind) == {"nested_too_deeply", "not_a_literal", "wrong_type"}
+
+
 @pytest.mark.parametrize(
     ("value", "price"),
     [
