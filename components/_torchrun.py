@@ -1,4 +1,4 @@
-"""The torchrun line and its app: how N nodes find themselves, on a laptop, on SLURM and on Kubernetes alike."""
+"""The command line of a stage and its app: how nodes find each other, on a laptop, on SLURM and on Kubernetes alike."""
 
 import shlex
 from pathlib import Path
@@ -13,10 +13,43 @@ IMAGE_GROUP = 1000
 # What Kubernetes waits beyond torchrun's own patience, so that torchrun still says what happened.
 GRACE_BEYOND_TORCHRUN_S = 15
 
+# The macro becomes the name of the variable that holds the first node's host: SLURM_JOB_NODELIST_HET_GROUP_0,
+# VC_TRAIN_0_HOSTS or TORCHX_RANK0_HOST. $${...} leaves its expansion to bash on the node (string.Template).
+_FIRST_HOST = f"$${{{macros.rank0_env}:=localhost}}"
+# Two jobs may share a host. Below 32768, where Linux begins to hand out ports by itself.
+_DERIVED_PORT = f"$$((20000 + $$(printf %s {macros.app_id} | cksum | cut -d' ' -f1) % 10000))"
+
 
 def python_command(module: str, arguments: Sequence[str]) -> str:
     """``python -m module arguments`` as one line for bash; ``${app_id}`` and its like stay open for TorchX."""
     return " ".join(["exec", "python", "-m", module, *(_quote(argument) for argument in arguments)])
+
+
+def spark_command(module: str, arguments: Sequence[str], *, j: str, cpu: int, port: int = 0) -> str:
+    """`python_command` on one node; on several, ``module`` as the driver of a Spark cluster of these nodes.
+
+    Args:
+        module: a stage with a setting ``data.engine``.
+        arguments: of the stage; quoted here.
+        j: ``{nnodes}x1``.
+        cpu: cores of each node.
+        port: where the first node's master listens; 0 derives it from the id of the job.
+
+    Raises:
+        ValueError: ``j`` is not of that form.
+    """
+    nnodes, nproc_per_node = parse_j(j)
+    if nproc_per_node != 1:
+        raise ValueError(f"j={j!r}: Spark has a process per node, which takes all its cores; pass j={nnodes}x1")
+    driver = python_command(module, arguments)
+    if nnodes == 1:
+        return driver
+    command: List[str] = [
+        "exec", "python", "-m", "muonrec.data.spark_cluster",
+        "--replica", macros.replica_id, "--num-replicas", str(nnodes), "--hosts", f'"{_FIRST_HOST}"',
+        "--port", str(port or _DERIVED_PORT), "--cores", str(cpu), "--",
+    ]  # fmt: skip
+    return " ".join([*command, driver[len("exec ") :], "data.engine=spark"])
 
 
 def torchrun_command(
@@ -39,12 +72,7 @@ def torchrun_command(
     if nnodes == 1:
         rendezvous = ["--standalone"]
     else:
-        # The macro becomes the name of the variable that holds the first node's host: SLURM_JOB_NODELIST_HET_GROUP_0,
-        # VC_TRAIN_0_HOSTS or TORCHX_RANK0_HOST. $${...} leaves its expansion to bash on the node (string.Template).
-        host = f"$${{{macros.rank0_env}:=localhost}}"
-        # Below 32768, where Linux begins to hand out ports by itself.
-        derived = f"$$((20000 + $$(printf %s {macros.app_id} | cksum | cut -d' ' -f1) % 10000))"
-        endpoint = f"{host}:{rdzv_port or derived}"
+        endpoint = f"{_FIRST_HOST}:{rdzv_port or _DERIVED_PORT}"
         rendezvous = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f'"{endpoint}"', "--rdzv-id", macros.app_id]
     command: List[str] = [
         "exec", "torchrun", *rendezvous,

@@ -17,6 +17,7 @@ IMAGE = "muonrec:0.1.0"
 def data(
     *args: str,
     config: str = "configs/demo/sasrec.yaml",
+    j: str = "1x1",
     cpu: int = 2,
     gpu: int = 0,
     memMB: int = 8192,
@@ -26,25 +27,31 @@ def data(
     pod: str = "",
     max_retries: int = 1,
     grace_s: int = 30,
+    spark_port: int = 0,
 ) -> specs.AppDef:
     """Data stage: raw logs -> parquet sequences and manifest, at the place that the config names.
+
+    On several nodes it runs on Spark, started in this job, and needs muonrec[spark], Java 17 and an output (or
+    data.work) on storage that all nodes share. memMB holds data.memory_limit and 2 GB for driver and daemons.
 
     Args:
         args: overrides of the config, key=value, after --
         config: YAML file of the experiment
-        cpu: processor cores
+        j: {nnodes}x1; several nodes imply data.engine=spark
+        cpu: processor cores per node
         gpu: GPUs
-        memMB: memory in MB; Kubernetes requests 1024 MB less, the limit is all of it
+        memMB: memory per node in MB; Kubernetes requests 1024 MB less, the limit is all of it
         image: container image (Kubernetes only)
         env: extra environment, K1=V1,K2=V2; no commas within a value
         mounts: volumes, type=volume,src=CLAIM,dst=/data,readonly,type=bind,... (Kubernetes only)
         pod: YAML file of pod fields to add, such as spec.tolerations (Kubernetes only)
         max_retries: restarts by the scheduler (SLURM requeue, Volcano RestartJob)
         grace_s: seconds from SIGTERM until the stage is killed
+        spark_port: of the first of several nodes, and the next; 0 derives one from the app id
     """
-    command = _torchrun.python_command("pipeline.data", [config, *args])
+    command = _torchrun.spark_command("pipeline.data", [config, *args], j=j, cpu=cpu, port=spark_port)
     return _torchrun.app(
-        "data", command, j="1x1", cpu=cpu, gpu=gpu, memMB=memMB, image=image, env=env, mounts=mounts, pod=pod,
+        "data", command, j=j, cpu=cpu, gpu=gpu, memMB=memMB, image=image, env=env, mounts=mounts, pod=pod,
         max_retries=max_retries, grace_s=grace_s,
     )  # fmt: skip
 

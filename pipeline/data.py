@@ -24,11 +24,14 @@ from typing import Annotated, Any, Literal, TypeAlias, get_args
 import numpy as np
 import pyarrow as pa
 import pydantic
+from upath import UPath
 
 from muonrec.config import Config, describe, parse_config, read_yaml
 from muonrec.data.download import fetch
+from muonrec.data.engines import EngineName
 from muonrec.data.events import READERS, AmazonSource, FileSource, MovielensSource
 from muonrec.data.items import METADATA, AmazonItems, FileItems, MovielensItems, read_items
+from muonrec.data.places import Place
 from muonrec.data.rejected import RejectedRows
 from muonrec.data.sequences import EventStore, LeaveOneOut, RatioSplit, Split, Ties
 from muonrec.data.shards import (
@@ -63,7 +66,9 @@ class DataConfig(Config):
 
     Attributes:
         source: where the events come from, by ``format``.
-        output: folder of the data set.
+        output: folder of the data set, or its URL on an object store (``s3://BUCKET/data``, of any fsspec file system).
+        work: folder where a data set for an object store is built, which Spark's nodes must share; null: the system's
+            temporary one. Other data sets are built beside the output.
         items: where the items' titles, categories, texts, ... come from, by ``format``; null: nowhere. They stand in
             items.parquet and change nothing else.
         extends: folder of an earlier data set, whose users and items keep their rows so that a model of it goes on
@@ -76,13 +81,16 @@ class DataConfig(Config):
         ties: order of a user's events of one second: ``shuffle`` (seeded), ``file_order``, or ``drop`` them all.
         seed: of the shuffle of ties.
         num_shards: files that the users are dealt to.
-        memory_limit: of the database; does not change the result.
+        engine: ``duckdb``, in this process, or ``spark``, on the nodes of the component ``data`` or on your own cluster
+            (`muonrec.data.engines.Spark`); does not change the result.
+        memory_limit: of the database, or of each process of Spark; does not change the result.
     """
 
     source: Source
-    output: Path
+    output: Place
+    work: Path | None = None
     items: Annotated[FileItems, pydantic.Field(discriminator="format")] | None = None
-    extends: Path | None = None
+    extends: Place | None = None
     max_rejected_share: float = pydantic.Field(default=0.001, ge=0, le=1)
     repeats: Literal["keep", "drop_later"] = "keep"
     k_core: int = pydantic.Field(default=0, ge=0)
@@ -90,6 +98,7 @@ class DataConfig(Config):
     ties: Ties = "shuffle"
     seed: int = 0
     num_shards: int = pydantic.Field(default=16, ge=1, le=99_999)
+    engine: EngineName = "duckdb"
     memory_limit: Annotated[str, pydantic.Field(pattern=r"^\d+(\.\d+)? ?[KMGT]i?B$")] = "4GiB"
 
 
@@ -167,12 +176,12 @@ def build_dataset(config: DataConfig) -> Manifest:
     logger.info("building %s from %s", config.output, _where(source))
     started = time.monotonic()
     phases = _Phases()
-    with replaced_folder(config.output) as folder:
+    with replaced_folder(config.output, scratch=config.work) as folder:
         work = folder / "work"
         work.mkdir()
         with (
             RejectedRows(_rejected_path(config.output)) as rejected,
-            EventStore(work, memory_limit=config.memory_limit) as store,
+            EventStore(work, memory_limit=config.memory_limit, engine=config.engine) as store,
         ):
             with phases.phase("read", total=getattr(config.source, "num_events_expected", None)) as progress:
                 reader = _open_source(config, progress, rejected)
@@ -203,7 +212,6 @@ def build_dataset(config: DataConfig) -> Manifest:
                     on_events=progress.advance,
                 )
                 described = _write_vocabularies(store, folder, statistics.item_train_counts, described=bool(metadata))
-            num_tied = store.num_tied_events()
         shutil.rmtree(work)
 
         names = [ITEMS, USERS, *(shard_name(shard, config.num_shards) for shard in range(config.num_shards))]
@@ -228,7 +236,7 @@ def build_dataset(config: DataConfig) -> Manifest:
             core_rounds=core_rounds,
             history_length_quantiles=statistics.length_quantiles(),
             time_range_s=time_range_s,
-            tied_event_share=None if time_range_s is None else num_tied / num_events,
+            tied_event_share=None if time_range_s is None else statistics.num_tied_events / num_events,
             split=split,
             num_shards=config.num_shards,
             files={name: describe_file(folder / name) for name in names},
@@ -294,7 +302,7 @@ _PLACES = ("path", "download", "accept_terms")  # where a source is, not what it
 def deciding_settings(settings: dict[str, Any]) -> dict[str, Any]:
     """The settings of a data stage without those under which the sequences would be the same."""
     settings = {**settings, "source": {**settings["source"]}, "extends": settings.get("extends") is not None}
-    for name in ("output", "items", "memory_limit", "max_rejected_share"):
+    for name in ("output", "work", "items", "engine", "memory_limit", "max_rejected_share"):
         settings.pop(name, None)
     for name in _PLACES:
         settings["source"].pop(name, None)
@@ -304,14 +312,14 @@ def deciding_settings(settings: dict[str, Any]) -> dict[str, Any]:
 def _ancestors(config: DataConfig) -> list[Ancestor]:
     if config.extends is None:
         return []
-    if config.extends.resolve() == config.output.resolve():
+    if str(config.extends.resolve()) == str(config.output.resolve()):
         raise ValueError(f"data.extends {config.extends} is the output itself; pass another folder as data.output")
     manifest = verify_dataset(config.extends)
     nearest = Ancestor(**manifest.model_dump(include={"fingerprint", "num_users", "num_items"}))
     return [nearest, *manifest.ancestors]
 
 
-def _rejected_path(output: Path) -> Path:
+def _rejected_path(output: Path | UPath) -> Path | UPath:
     # Beside the data set and not in it: a run that is stopped leaves the one before, and still must show its rows.
     return output.with_name(f"{output.name}.rejected.parquet")
 
@@ -341,7 +349,7 @@ def _load_metadata(config: DataConfig, store: EventStore, progress: Progress, re
     return {"num_rows": num_rows, "num_duplicates": num_duplicates, "num_rejected_by_kind": num_rejected}
 
 
-def _up_to_date(output: Path, fingerprint: str, items_fingerprint: str | None) -> Manifest | None:
+def _up_to_date(output: Path | UPath, fingerprint: str, items_fingerprint: str | None) -> Manifest | None:
     try:
         found = read_manifest(output)
         if (found.fingerprint, found.item_metadata and found.item_metadata.fingerprint) != (
@@ -408,7 +416,7 @@ def _kinds(num_by_kind: dict[str, int]) -> str:
     return ", ".join(f"{count} {kind}" for kind, count in sorted(num_by_kind.items()))
 
 
-def _log_summary(output: Path, manifest: Manifest, seconds: float) -> None:
+def _log_summary(output: Path | UPath, manifest: Manifest, seconds: float) -> None:
     parts, targets = manifest.num_events_per_part, manifest.num_targets
     logger.info(
         "%s: %s users, %s items, %s events (of %s read, %s duplicates)",

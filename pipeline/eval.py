@@ -23,10 +23,12 @@ import pyarrow.parquet as pq
 from pydantic import Field, field_validator
 from rich.console import Console
 from rich.table import Table
+from upath import UPath
 
 import muonrec
 from muonrec.config import Config, describe, parse_config, parse_value
 from muonrec.data.loader import evaluation_batches, evaluation_targets, seen_items
+from muonrec.data.places import parquet_of
 from muonrec.data.shards import ITEMS, USERS, Sequences
 from muonrec.mesh import Ranks, join_ranks
 from muonrec.metrics import bootstrap_interval, breakdown, coverage, groups_between, metrics_per_user
@@ -339,9 +341,11 @@ def latest_of_each_user(ranked: RankedTargets, config: EvalConfig, sequences: Se
     return RankedTargets(**{**columns, "user_ids": rows[is_last]})
 
 
-def write_recommendations(path: Path, ranked: RankedTargets, k: int, dataset: Path) -> None:
+def write_recommendations(path: Path, ranked: RankedTargets, k: int, dataset: Path | UPath) -> None:
     """Write the best ``k`` items of each user, a row each; ids as in the raw logs, rank from 1."""
-    raw_users, raw_items = (pq.read_table(dataset / name, columns=["raw_id"]).column(0) for name in (USERS, ITEMS))
+    raw_users, raw_items = (
+        pq.read_table(parquet_of(dataset / name), columns=["raw_id"]).column(0) for name in (USERS, ITEMS)
+    )
     raw_users, raw_items = raw_users.combine_chunks(), raw_items.combine_chunks()
     assert ranked.topk_ids is not None and ranked.topk_scores is not None
     schema = pa.schema(

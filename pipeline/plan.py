@@ -10,7 +10,6 @@ import dataclasses
 import re
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -122,7 +121,7 @@ def count_items(config: TrainConfig, rows: Mapping[str, int]) -> int:
         raise ValueError(f"--rows names tables {unknown}, but {config.model.name} has the table 'item' alone")
     if "item" in rows:
         return rows["item"]
-    folder = Path(config.data.output)
+    folder = config.data.output
     if not (folder / MANIFEST).is_file():
         raise ValueError(
             f"nobody says how many items there are: {folder} is no data set yet; pass --rows item=COUNT, "

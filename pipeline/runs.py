@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,11 +23,16 @@ _OF_DENSE_OPTIMIZER = {"dense_optimizer", "adamw", "routing", "schedule", "sched
 
 
 def check_output(config: TrainConfig) -> None:
-    """Refuse an output folder that holds a run of another config.
+    """Refuse an output folder that holds a run of another config, and one that is no folder.
 
     Raises:
         ValueError: names what differs.
     """
+    if re.match(r"[a-z][a-z0-9+.-]+:/", str(config.output)):
+        raise ValueError(
+            f"output {config.output} is a URL, but checkpoints need a folder on storage that all nodes share; "
+            "pass one, and copy the run when it is done"
+        )
     resolved = config.output / "resolved.yaml"
     if not resolved.is_file() or checkpoint.newest(config.output / "checkpoints") is None:
         return  # nothing was learned there yet

@@ -5,6 +5,7 @@ They are tolerated up to a share.
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,9 @@ from typing import TypeAlias
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from upath import UPath
+
+from muonrec.data.places import written
 
 REJECTED_SCHEMA = pa.schema(
     [
@@ -44,12 +48,12 @@ class RejectedRows:
         num_by_kind: rows of each kind, since the last `check`.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path | UPath) -> None:
         """Count for a file at ``path``; nothing is written before the first row."""
         self.path = path
         self.num_by_kind: Counter[str] = Counter()
         self._examples: dict[str, str] = {}
-        self._partial = path.with_name(f".{path.name}.partial")
+        self._open = contextlib.ExitStack()
         self._writer: pq.ParquetWriter | None = None
 
     def __enter__(self) -> RejectedRows:
@@ -64,14 +68,13 @@ class RejectedRows:
         if self._writer is None:
             self.path.unlink(missing_ok=True)
         else:
-            self._writer.close()
-            self._partial.replace(self.path)
+            self._open.close()
 
     def __call__(self, rows: pa.RecordBatch) -> None:
         """Count and write ``rows`` of `REJECTED_SCHEMA`."""
         if self._writer is None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._writer = pq.ParquetWriter(self._partial, REJECTED_SCHEMA, compression="zstd")
+            stream = self._open.enter_context(written(self.path))
+            self._writer = self._open.enter_context(pq.ParquetWriter(stream, REJECTED_SCHEMA, compression="zstd"))
         self._writer.write_batch(rows)
         for count in pc.value_counts(rows.column("kind")).to_pylist():
             self.num_by_kind[count["values"]] += count["counts"]

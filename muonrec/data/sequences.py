@@ -1,20 +1,22 @@
-"""Turn events into ordered, split sequences inside DuckDB, in plain SQL that Spark can take over."""
+"""Turn events into ordered, split sequences, in plain SQL that DuckDB and Spark both run."""
 
 from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Annotated, Any, Literal, TypeAlias
 
-import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pydantic
+from upath import UPath
 
 from muonrec.config import Config, name_only
+from muonrec.data.engines import ENGINES, EngineName
+from muonrec.data.places import parquet_of
 from muonrec.data.shards import ITEMS, USERS
 
 logger = logging.getLogger(__name__)
@@ -23,8 +25,8 @@ _STREAM_ROWS = 2**20
 _STREAM_TEXTS = 2**13
 _INSERT_BYTES = 64 * 2**20
 
-# The relational part, all of it: common table expressions, joins, GROUP BY, window functions and md5, so that another
-# engine can run it. Braces are filled with integers of our own only.
+# The relational part, all of it: common table expressions, joins, GROUP BY, window functions and md5, of which every
+# engine gets the same text. Braces are filled with integers of our own only.
 # Ids become integer codes at once; every later step compares numbers. ORDER BY compares the bytes of UTF-8.
 _SQL_CODES = """
 CREATE TABLE {kind}_codes AS
@@ -32,14 +34,29 @@ WITH seen AS (SELECT DISTINCT {kind}_id AS raw_id FROM source_events)
 SELECT ROW_NUMBER() OVER (ORDER BY raw_id) - 1 AS code, raw_id FROM seen
 """
 
-# Events without a time are told apart by their place in the source: an item met twice is no duplicate there.
+# Events without a time are told apart by their place in the source: an item met twice is no duplicate there. A place
+# stands as a negative time, since readers refuse times before 1970, and codes are as narrow as their number allows: the
+# groups of 100 M events then need two thirds of the memory.
 _SQL_DISTINCT = """
 CREATE TABLE events AS
-SELECT u.code AS user_code, i.code AS item_code, e.timestamp_s AS timestamp_s, MIN(e.source_row) AS source_row
-FROM source_events e
-JOIN user_codes u ON u.raw_id = e.user_id
-JOIN item_codes i ON i.raw_id = e.item_id
-GROUP BY u.code, i.code, e.timestamp_s, CASE WHEN e.timestamp_s IS NULL THEN e.source_row END
+WITH coded AS (
+    SELECT CAST(u.code AS {user_type}) AS user_code, CAST(i.code AS {item_type}) AS item_code,
+           COALESCE(e.timestamp_s, -1 - e.source_row) AS moment, e.source_row AS source_row
+    FROM source_events e
+    JOIN user_codes u ON u.raw_id = e.user_id
+    JOIN item_codes i ON i.raw_id = e.item_id
+), firsts AS (
+    SELECT user_code, item_code, moment, MIN(source_row) AS source_row
+    FROM coded GROUP BY user_code, item_code, moment
+)
+SELECT user_code, item_code, CASE WHEN moment >= 0 THEN moment END AS timestamp_s, source_row FROM firsts
+"""
+
+# What the next round would drop: at the fixed point nothing is copied.
+_SQL_BELOW_CORE = """
+WITH users_below AS (SELECT user_code FROM events GROUP BY user_code HAVING COUNT(*) < {k}),
+     items_below AS (SELECT item_code FROM events GROUP BY item_code HAVING COUNT(*) < {k})
+SELECT (SELECT COUNT(*) FROM users_below) + (SELECT COUNT(*) FROM items_below)
 """
 
 _SQL_CORE_ROUND = """
@@ -97,13 +114,6 @@ WHERE k.raw_id IS NULL
 
 _SQL_TIME_RANGE = "SELECT MIN(timestamp_s), MAX(timestamp_s), COUNT(*) - COUNT(timestamp_s) FROM events"
 
-_SQL_TIED = """
-WITH moments AS (
-    SELECT COUNT(*) AS num_events FROM events WHERE timestamp_s IS NOT NULL GROUP BY user_code, timestamp_s
-)
-SELECT COALESCE(SUM(num_events), 0) FROM moments WHERE num_events > 1
-"""
-
 # The time of the event at place n of the log in order of time; events of one second stay on one side.
 _SQL_CUT = """
 WITH seconds AS (SELECT timestamp_s, COUNT(*) AS num_events FROM events GROUP BY timestamp_s),
@@ -131,24 +141,35 @@ FROM events GROUP BY user_code
 
 # Every event belongs to the part of the sample that it is, or that comes next: a user's first event is no sample.
 _SQL_NUM_SAMPLES = "SELECT COUNT(*) - COUNT(DISTINCT user_code) FROM events"
-_SQL_RATIO = """
-CREATE TABLE parts AS
+_SQL_SAMPLES = """
+CREATE TABLE samples AS
 WITH placed AS (
     SELECT e.user_code AS user_code, e.timestamp_s AS timestamp_s, e.source_row AS source_row, {tie} AS tie
     FROM events e
     JOIN users u ON u.code = e.user_code
     JOIN items i ON i.code = e.item_code
-), sampled AS (
-    SELECT user_code, timestamp_s, tie, source_row,
-           CASE WHEN ROW_NUMBER() OVER (PARTITION BY user_code ORDER BY timestamp_s, tie, source_row) > 1
-                THEN 1 ELSE 0 END AS is_sample
-    FROM placed
-), counted AS (
-    SELECT user_code,
-           COALESCE(SUM(is_sample) OVER (
-               ORDER BY timestamp_s, tie, source_row ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING
+)
+SELECT user_code, timestamp_s, tie, source_row,
+       CASE WHEN ROW_NUMBER() OVER (PARTITION BY user_code ORDER BY timestamp_s, tie, source_row) > 1
+            THEN 1 ELSE 0 END AS is_sample
+FROM placed
+"""
+# Second by second, then within each: one window over all events would be one task on one machine.
+_SQL_RATIO = """
+CREATE TABLE parts AS
+WITH seconds AS (
+    SELECT timestamp_s, SUM(is_sample) AS num_samples FROM samples GROUP BY timestamp_s
+), starts AS (
+    SELECT timestamp_s, COALESCE(SUM(num_samples) OVER (
+               ORDER BY timestamp_s ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING
            ), 0) AS num_samples_before
-    FROM sampled
+    FROM seconds
+), counted AS (
+    SELECT s.user_code AS user_code, b.num_samples_before + COALESCE(SUM(s.is_sample) OVER (
+               PARTITION BY s.timestamp_s ORDER BY s.tie, s.source_row ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING
+           ), 0) AS num_samples_before
+    FROM samples s
+    JOIN starts b ON b.timestamp_s = s.timestamp_s
 )
 SELECT user_code,
        SUM(CASE WHEN num_samples_before < {valid_from} THEN 1 ELSE 0 END) AS num_train,
@@ -160,6 +181,7 @@ FROM counted GROUP BY user_code
 
 _SQL_PART_SIZES = "SELECT SUM(num_train), SUM(num_valid), SUM(num_test) FROM parts"
 
+# Shard and user are one number, as in muonrec.data.shards: what a sort of 100 M events carries counts.
 # md5 and not an engine's own hash(), which changes with its version; raw ids and not codes, which change with the log.
 _SQL_ORDERED = """
 SELECT u.user_id AS user_id, i.item_id AS item_id, e.timestamp_s AS timestamp_s, e.source_row AS source_row,
@@ -170,12 +192,14 @@ FROM events e
 JOIN users u ON u.code = e.user_code
 JOIN items i ON i.code = e.item_code
 JOIN parts p ON p.user_code = e.user_code
-ORDER BY MOD(u.user_id, {num_shards}), u.user_id, e.timestamp_s, {tie}, e.source_row
+WHERE MOD(u.user_id, {num_shards}) >= {first_shard} AND MOD(u.user_id, {num_shards}) < {end_shard}
+ORDER BY MOD(u.user_id, {num_shards}) * 1099511627776 + u.user_id, e.timestamp_s, {tie}, e.source_row
 """
+# 48 bits of it: DuckDB keeps twelve characters within its rows, which a sort of 100 M events would else have to chase.
 _SQL_TIE = {
     "shuffle": (
         "CASE WHEN e.timestamp_s IS NULL THEN '' "
-        "ELSE md5(CONCAT('{seed}', '/', u.raw_id, '/', i.raw_id, '/', e.source_row)) END"
+        "ELSE SUBSTR(md5(CONCAT('{seed}', '/', u.raw_id, '/', i.raw_id, '/', e.source_row)), 1, 12) END"
     ),
     "file_order": "e.source_row",
     "drop": "e.source_row",  # none is left to break
@@ -286,27 +310,24 @@ Split: TypeAlias = Annotated[
 
 
 class EventStore:
-    """The events of one log in a DuckDB file, under a memory limit, spilling to disk.
+    """The events of one log in an engine of `muonrec.data.engines`, which decides nothing of the result.
 
     Call `load`, `drop_duplicates`, `drop_repeats` and `drop_ties` where asked, `keep_core`, `build_vocabularies`,
-    `load_metadata` where there is some, `split`, `ordered`, in this order. One store serves one run: its file may be
+    `load_metadata` where there is some, `split`, `ordered`, in this order. One store serves one run: its folder may be
     deleted after `close`.
     """
 
-    def __init__(self, folder: Path, *, memory_limit: str = "4GiB") -> None:
+    def __init__(self, folder: Path, *, memory_limit: str = "4GiB", engine: EngineName = "duckdb") -> None:
         """Open an empty store.
 
         Args:
-            folder: existing folder for the database and what it spills; needs about the size of the log.
-            memory_limit: of DuckDB alone, such as ``4GiB``; a batch of the reader comes on top.
+            folder: existing folder for tables and what is spilled; needs about the size of the log. Spark's workers
+                must all see it.
+            memory_limit: of the engine alone, such as ``4GiB``; of each of Spark's processes. A batch of the reader
+                comes on top.
+            engine: ``duckdb`` or ``spark``.
         """
-        self._memory_limit = memory_limit
-        self._connection = duckdb.connect(str(folder / "events.duckdb"))
-        self._connection.execute(f"SET memory_limit = '{memory_limit}'")
-        self._connection.execute(f"SET temp_directory = '{str(folder / 'spill').replace(chr(39), chr(39) * 2)}'")
-        # Leave preserve_insertion_order at true. Seen with DuckDB 2.0.0: at false, Arrow output of execute() ignores
-        # ORDER BY (execute().to_arrow_reader() from 6,000 rows on, .to_arrow_table() at 3,000,000).
-        self._connection.execute("SET enable_progress_bar = false")
+        self._engine = ENGINES[engine](folder, memory_limit=memory_limit)
 
     def __enter__(self) -> EventStore:
         return self
@@ -318,36 +339,37 @@ class EventStore:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
-        if isinstance(exception, duckdb.OutOfMemoryException):
-            raise ValueError(
-                f"memory_limit {self._memory_limit} is too small for this log; raise data.memory_limit "
-                f"(a few hundred MiB are the least). The database says: {str(exception).splitlines()[0]}"
-            ) from exception
+        if exception is not None and (message := self._engine.explain_error(exception)) is not None:
+            raise ValueError(message) from exception
 
     def close(self) -> None:
-        """Let go of the database file."""
-        self._connection.close()
+        """Let go of the engine."""
+        self._engine.close()
 
     def load(self, reader: pa.RecordBatchReader, *, on_events: Callable[[int], None] = lambda num_events: None) -> int:
         """Store all events of ``reader``; returns their number."""
-        self._connection.execute(
-            "CREATE TABLE source_events (user_id VARCHAR, item_id VARCHAR, timestamp_s BIGINT, source_row BIGINT)"
-        )
         num_events = 0
-        # Batch by batch and not the reader as a whole: its ValueErrors must reach the caller as they are.
-        for batch in reader:
-            self._insert("source_events", batch)
-            num_events += len(batch)
-            on_events(len(batch))
+
+        def counted() -> Iterator[pa.RecordBatch]:
+            nonlocal num_events
+            for batch in reader:
+                yield batch
+                num_events += len(batch)
+                on_events(len(batch))
+
+        self._engine.create("source_events", reader.schema, counted())
         return num_events
 
     def drop_duplicates(self) -> int:
         """Keep one of the events with the same user, item and time, the first in the source; returns how many went."""
         before = self._number("SELECT COUNT(*) FROM source_events")
+        types = {}
         for kind in ("user", "item"):
-            self._connection.execute(_SQL_CODES.format(kind=kind))
-        self._connection.execute(_SQL_DISTINCT)
-        self._connection.execute("DROP TABLE source_events")
+            self._engine.execute(_SQL_CODES.format(kind=kind))
+            is_narrow = self._number(f"SELECT COUNT(*) FROM {kind}_codes") < 2**31
+            types[f"{kind}_type"] = "INTEGER" if is_narrow else "BIGINT"
+        self._engine.execute(_SQL_DISTINCT.format(**types))
+        self._engine.execute("DROP TABLE source_events")
         return before - self._number("SELECT COUNT(*) FROM events")
 
     def drop_repeats(self) -> int:
@@ -381,12 +403,9 @@ class EventStore:
             ValueError: nothing is left.
         """
         rounds = [self._counts()]
-        while k > 1 and rounds[-1]["num_events"]:
+        while k > 1 and self._number(_SQL_BELOW_CORE.format(k=int(k))):
             self._keep(_SQL_CORE_ROUND.format(k=int(k)))
-            counts = self._counts()
-            if counts == rounds[-1]:
-                break
-            rounds.append(counts)
+            rounds.append(counts := self._counts())
             logger.info(
                 "k-core round %d: %s users, %s items, %s events",
                 len(rounds) - 1,
@@ -400,25 +419,25 @@ class EventStore:
             raise ValueError(f"k_core={k} leaves no event ({history}); lower data.k_core or pass a denser log")
         return rounds
 
-    def build_vocabularies(self, ancestor: Path | None = None) -> tuple[int, int]:
+    def build_vocabularies(self, ancestor: Path | UPath | None = None) -> tuple[int, int]:
         """Number users and items from 0 in the order of their raw ids; returns how many there are of each.
 
         Args:
             ancestor: folder of an earlier data set, whose users and items all keep their numbers; new ones follow.
         """
         for kind, file in (("user", USERS), ("item", ITEMS)):
-            self._connection.execute(f"CREATE TABLE known_{kind}s ({kind}_id BIGINT, raw_id VARCHAR)")
-            if ancestor is not None:
-                for batch in pq.ParquetFile(ancestor / file).iter_batches(columns=[f"{kind}_id", "raw_id"]):
-                    self._insert(f"known_{kind}s", batch)
+            schema = pa.schema([(f"{kind}_id", pa.int64()), ("raw_id", pa.string())])
+            known = None if ancestor is None else pq.ParquetFile(parquet_of(ancestor / file))
+            batches = [] if known is None else known.iter_batches(columns=schema.names)
+            self._engine.create(f"known_{kind}s", schema, batches)
             num_known = self._number(f"SELECT COUNT(*) FROM known_{kind}s")
-            self._connection.execute(_SQL_VOCABULARY.format(kind=kind, num_known=num_known))
+            self._engine.execute(_SQL_VOCABULARY.format(kind=kind, num_known=num_known))
         return self._number("SELECT COUNT(*) FROM users"), self._number("SELECT COUNT(*) FROM items")
 
     def load_metadata(
         self,
         reader: pa.RecordBatchReader,
-        ancestor: Path | None = None,
+        ancestor: Path | UPath | None = None,
         *,
         on_rows: Callable[[int], None] = lambda num_rows: None,
     ) -> tuple[int, int]:
@@ -432,23 +451,24 @@ class EventStore:
         Returns:
             Rows read, and rows of the vocabulary's items that came after another of the same item.
         """
-        self._execute_with(reader.schema.empty_table(), "CREATE TABLE metadata AS SELECT * FROM batch")
+        self._engine.execute_with(reader.schema.empty_table(), "CREATE TABLE metadata AS SELECT * FROM batch")
         num_rows = 0
         waiting: list[pa.RecordBatch] = []
         for batch in itertools.chain(reader, [None]):
             # Each statement looks at the whole vocabulary: few statements of many rows.
             if waiting and (batch is None or sum(part.nbytes for part in waiting) > _INSERT_BYTES):
-                self._execute_with(pa.Table.from_batches(waiting), _SQL_METADATA)
+                self._engine.execute_with(pa.Table.from_batches(waiting), _SQL_METADATA)
                 waiting = []
             if batch is not None:
                 waiting.append(batch)
                 num_rows += len(batch)
                 on_rows(len(batch))
         num_duplicates = self._number("SELECT COUNT(*) - COUNT(DISTINCT item_id) FROM metadata")
-        if ancestor is not None and set(reader.schema.names[1:-1]) <= set(pq.read_schema(ancestor / ITEMS).names):
-            for batch in pq.ParquetFile(ancestor / ITEMS).iter_batches(batch_size=_STREAM_TEXTS):
+        earlier = None if ancestor is None else pq.ParquetFile(parquet_of(ancestor / ITEMS))
+        if earlier is not None and set(reader.schema.names[1:-1]) <= set(earlier.schema_arrow.names):
+            for batch in earlier.iter_batches(batch_size=_STREAM_TEXTS):
                 known = batch.select(["raw_id", *reader.schema.names[1:-1], "item_id"])
-                self._execute_with(known.rename_columns(reader.schema.names), _SQL_ANCESTOR_METADATA)
+                self._engine.execute_with(known.rename_columns(reader.schema.names), _SQL_ANCESTOR_METADATA)
         return num_rows, num_duplicates
 
     def time_range_s(self) -> tuple[int, int] | None:
@@ -464,10 +484,6 @@ class EventStore:
             )
         return None if first is None else (int(first), int(last))
 
-    def num_tied_events(self) -> int:
-        """Events that share user and timestamp with another."""
-        return self._number(_SQL_TIED)
-
     def split(self, split: LeaveOneOut | GlobalTimeSplit | RatioSplit, *, ties: Ties, seed: int) -> dict[str, Any]:
         """Decide how many of each user's events, in order, belong to train, valid and test.
 
@@ -482,22 +498,23 @@ class EventStore:
             ValueError: ``global_time`` or ``ratio`` on events without times, or a cut that leaves a part empty.
         """
         if isinstance(split, LeaveOneOut):
-            self._connection.execute(_SQL_LEAVE_ONE_OUT)
+            self._engine.execute(_SQL_LEAVE_ONE_OUT)
             return split.model_dump()
         time_range_s = self.time_range_s()
         if time_range_s is None:
             raise ValueError(f"split {split.name} needs times and the source has none; use data.split=leave_one_out")
         if isinstance(split, RatioSplit):
             valid_from, test_from = _cuts(split, self._number(_SQL_NUM_SAMPLES))
-            tie = _SQL_TIE[ties].format(seed=int(seed))
-            self._connection.execute(_SQL_RATIO.format(tie=tie, valid_from=valid_from, test_from=test_from))
+            self._engine.execute(_SQL_SAMPLES.format(tie=_SQL_TIE[ties].format(seed=int(seed))))
+            self._engine.execute(_SQL_RATIO.format(valid_from=valid_from, test_from=test_from))
+            self._engine.execute("DROP TABLE samples")
             self._check_parts("ratio", time_range_s)
             return split.model_dump()
         valid_from_s, test_from_s = split.valid_from_s, split.test_from_s
         if valid_from_s is None or test_from_s is None:
             places = _cuts(split, self._number("SELECT COUNT(*) FROM events"))
             valid_from_s, test_from_s = (self._number(_SQL_CUT.format(place=place)) for place in places)
-        self._connection.execute(_SQL_GLOBAL_TIME.format(valid_from_s=int(valid_from_s), test_from_s=int(test_from_s)))
+        self._engine.execute(_SQL_GLOBAL_TIME.format(valid_from_s=int(valid_from_s), test_from_s=int(test_from_s)))
         self._check_parts(f"global_time at {valid_from_s} and {test_from_s}", time_range_s)
         return {**split.model_dump(), "valid_from_s": valid_from_s, "test_from_s": test_from_s}
 
@@ -512,33 +529,37 @@ class EventStore:
             seed: of the shuffle.
             num_shards: user ``u`` goes to shard ``u % num_shards``.
         """
-        sql = _SQL_ORDERED.format(num_shards=int(num_shards), tie=_SQL_TIE[ties].format(seed=int(seed)))
-        return self._connection.sql(sql).to_arrow_reader(_STREAM_ROWS)
+        tie = _SQL_TIE[ties].format(seed=int(seed))
+        # As many shards at a time as the engine sorts without spilling: to read all events again costs less.
+        num_events = self._number("SELECT COUNT(*) FROM events")
+        num_passes = min(num_shards, max(1, -(-num_events // self._engine.sort_rows)))
+        edges = [num_shards * number // num_passes for number in range(num_passes + 1)]
+
+        def passes() -> Iterator[pa.RecordBatchReader]:
+            for first, end in itertools.pairwise(edges):
+                sql = _SQL_ORDERED.format(num_shards=int(num_shards), first_shard=first, end_shard=end, tie=tie)
+                yield self._engine.stream(sql, _STREAM_ROWS)
+
+        readers = passes()
+        reader = next(readers)
+        batches = itertools.chain(reader, itertools.chain.from_iterable(readers))
+        return pa.RecordBatchReader.from_batches(reader.schema, batches)
 
     def vocabulary(self, kind: Literal["user", "item"]) -> pa.RecordBatchReader:
         """Stream ``<kind>_id, raw_id`` in order of the id."""
-        return self._connection.sql(_SQL_ROWS.format(kind=kind)).to_arrow_reader(_STREAM_ROWS)
+        return self._engine.stream(_SQL_ROWS.format(kind=kind), _STREAM_ROWS)
 
     def described_items(self, columns: Sequence[str]) -> pa.RecordBatchReader:
         """Stream ``item_id, raw_id`` and ``columns`` of the metadata, null where there is none, in order of the id."""
         sql = _SQL_DESCRIBED_ITEMS.format(columns=", ".join(f"m.{name} AS {name}" for name in columns))
-        return self._connection.sql(sql).to_arrow_reader(_STREAM_TEXTS)
-
-    def _insert(self, table: str, batch: pa.RecordBatch) -> None:
-        self._execute_with(batch, f"INSERT INTO {table} SELECT * FROM batch")
-
-    def _execute_with(self, batch: pa.RecordBatch | pa.Table, sql: str) -> None:
-        """Execute ``sql``, to which ``batch`` is a table of that name."""
-        self._connection.register("batch", batch)
-        self._connection.execute(sql)
-        self._connection.unregister("batch")
+        return self._engine.stream(sql, _STREAM_TEXTS)
 
     def _keep(self, sql: str) -> int:
         """Replace ``events`` by the ``events_kept`` that ``sql`` creates; returns how many went."""
         before = self._number("SELECT COUNT(*) FROM events")
-        self._connection.execute(sql)
-        self._connection.execute("DROP TABLE events")
-        self._connection.execute("ALTER TABLE events_kept RENAME TO events")
+        self._engine.execute(sql)
+        self._engine.execute("DROP TABLE events")
+        self._engine.execute("ALTER TABLE events_kept RENAME TO events")
         return before - self._number("SELECT COUNT(*) FROM events")
 
     def _check_parts(self, cut: str, time_range_s: tuple[int, int]) -> None:
@@ -554,8 +575,7 @@ class EventStore:
         return dict(zip(("num_users", "num_items", "num_events"), map(int, self._row(_SQL_COUNTS)), strict=True))
 
     def _row(self, sql: str) -> tuple[Any, ...]:
-        # Not fetchone(): DuckDB 2 refuses other work on a connection until a result has been read to its end.
-        (row,) = self._connection.execute(sql).fetchall()
+        (row,) = self._engine.fetch(sql)
         return row
 
     def _number(self, sql: str) -> int:

@@ -22,8 +22,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pydantic
+from upath import UPath
 
 from muonrec.config import Config
+from muonrec.data.places import names_in, parquet_of, place, publish, published, read_bytes, size_of
 
 logger = logging.getLogger(__name__)
 
@@ -175,6 +177,7 @@ class ShardStatistics:
     num_users_with_target: dict[str, int] = field(default_factory=lambda: {"valid": 0, "test": 0})
     num_targets: dict[str, int] = field(default_factory=lambda: {"valid": 0, "test": 0})
     num_tied_targets: dict[str, int] = field(default_factory=lambda: {"valid": 0, "test": 0})
+    num_tied_events: int = 0
     lengths: Counter[int] = field(default_factory=Counter)
 
     def length_quantiles(self) -> dict[str, float]:
@@ -322,8 +325,7 @@ def describe_file(path: Path) -> FileEntry:
     """Rows, bytes and sha256 of a Parquet file, forced to disk first: the manifest must not outlive it."""
     with path.open("rb") as stream:
         os.fsync(stream.fileno())
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    return FileEntry(num_rows=pq.read_metadata(path).num_rows, num_bytes=path.stat().st_size, sha256=digest)
+    return FileEntry(num_rows=pq.read_metadata(path).num_rows, num_bytes=path.stat().st_size, sha256=_sha256(path))
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -336,18 +338,22 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     os.replace(partial, folder / MANIFEST)
 
 
-def read_manifest(folder: str | Path) -> Manifest:
+def read_manifest(folder: str | Path | UPath) -> Manifest:
     """Read the manifest of a data set.
 
     Raises:
         ValueError: the folder has none, or it is damaged or of another schema version.
     """
-    path = Path(folder) / MANIFEST
-    if not path.is_file():
-        found = "has no manifest.json" if Path(folder).is_dir() else "does not exist"
-        raise ValueError(f"{folder} is not a data set: it {found}; run python -m pipeline.data CONFIG")
+    path = place(folder) / MANIFEST
     try:
-        tree = json.loads(path.read_text())
+        text = read_bytes(path)
+    except (FileNotFoundError, NotADirectoryError):
+        found = "has no manifest.json" if not isinstance(path, Path) or path.parent.is_dir() else "does not exist"
+        raise ValueError(f"{folder} is not a data set: it {found}; run python -m pipeline.data CONFIG") from None
+    except OSError as error:
+        raise ValueError(f"{error}; see whether the place is reached from here") from None
+    try:
+        tree = json.loads(text)
         version = tree.get("schema_version") if isinstance(tree, dict) else None
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}); run python -m pipeline.data CONFIG again") from None
@@ -363,7 +369,7 @@ def read_manifest(folder: str | Path) -> Manifest:
         raise ValueError(f"{path} is damaged at {faults}; run python -m pipeline.data CONFIG again") from None
 
 
-def verify_dataset(folder: str | Path, *, verify_hashes: bool = False) -> Manifest:
+def verify_dataset(folder: str | Path | UPath, *, verify_hashes: bool = False) -> Manifest:
     """Check that every file of the manifest is there with its size, and with its sha256 where asked.
 
     Raises:
@@ -371,17 +377,21 @@ def verify_dataset(folder: str | Path, *, verify_hashes: bool = False) -> Manife
     """
     manifest = read_manifest(folder)
     for name, entry in manifest.files.items():
-        path = Path(folder) / name
-        if not path.is_file():
+        path = place(folder) / name
+        try:
+            num_bytes = size_of(path)
+        except FileNotFoundError:
             raise ValueError(
                 f"{path} is missing though the manifest lists it; run python -m pipeline.data CONFIG again"
-            )
-        if (num_bytes := path.stat().st_size) != entry.num_bytes:
+            ) from None
+        except OSError as error:
+            raise ValueError(f"{error}; see whether the place is reached from here") from None
+        if num_bytes not in (None, entry.num_bytes):
             raise ValueError(
                 f"{path} has {num_bytes} bytes but the manifest says {entry.num_bytes}; "
                 "copy it again or run python -m pipeline.data CONFIG again"
             )
-        if verify_hashes and (found := describe_file(path).sha256) != entry.sha256:
+        if verify_hashes and (found := _sha256(path)) != entry.sha256:
             raise ValueError(
                 f"{path} has sha256 {found[:12]}... but the manifest says {entry.sha256[:12]}...; "
                 "copy it again or run python -m pipeline.data CONFIG again"
@@ -389,20 +399,20 @@ def verify_dataset(folder: str | Path, *, verify_hashes: bool = False) -> Manife
     return manifest
 
 
-def load_sequences(folder: str | Path, *, verify_hashes: bool = False, timestamps: bool = False) -> Sequences:
+def load_sequences(folder: str | Path | UPath, *, verify_hashes: bool = False, timestamps: bool = False) -> Sequences:
     """Read a data set into memory, ordered by ``user_id`` whatever the number of shards.
 
     Args:
-        folder: what ``python -m pipeline.data`` wrote.
+        folder: what ``python -m pipeline.data`` wrote, or the URL of a copy.
         verify_hashes: also compare the sha256 of every file (sizes are always compared).
         timestamps: also read ``timestamps_s``.
 
     Raises:
         ValueError: no data set, or a file that differs from its manifest; the file is named.
     """
-    folder = Path(folder)
+    folder = place(folder)
     manifest = verify_dataset(folder, verify_hashes=verify_hashes)
-    counts = pq.read_table(folder / ITEMS, columns=["num_train_events"]).column(0).to_numpy()
+    counts = _read_table(folder / ITEMS, ["num_train_events"]).column(0).to_numpy()
     if len(counts) != manifest.num_items:
         raise ValueError(
             _damaged(folder / ITEMS, f"has {len(counts)} items but the manifest counts {manifest.num_items}")
@@ -447,7 +457,7 @@ def load_sequences(folder: str | Path, *, verify_hashes: bool = False, timestamp
     )
 
 
-def load_items(folder: str | Path, *, columns: Sequence[str] | None = None) -> pa.Table:
+def load_items(folder: str | Path | UPath, *, columns: Sequence[str] | None = None) -> pa.Table:
     """Read what is known of the items, a row per item in order of ``item_id``, from 0.
 
     Args:
@@ -459,32 +469,41 @@ def load_items(folder: str | Path, *, columns: Sequence[str] | None = None) -> p
     Raises:
         ValueError: no data set, a damaged one, one without metadata, or an unknown column.
     """
-    path, manifest = Path(folder) / ITEMS, verify_dataset(folder)
+    path, manifest = place(folder) / ITEMS, verify_dataset(folder)
     if manifest.item_metadata is None:
         raise ValueError(
             f"{folder} has no item metadata; name its source as data.items and run python -m pipeline.data"
         )
-    try:
-        names = pq.read_schema(path).names
-        if unknown := sorted(set(columns or ()) - set(names)):
-            raise ValueError(f"{path} has no column {', '.join(map(repr, unknown))}; it has {', '.join(names)}")
-        table = pq.read_table(path, columns=None if columns is None else list(columns))
-    except pa.ArrowException as error:
-        raise ValueError(_damaged(path, f"cannot be read as Parquet: {error}")) from None
+    table = _read_table(path)
+    if unknown := sorted(set(columns or ()) - set(table.column_names)):
+        names = ", ".join(table.column_names)
+        raise ValueError(f"{path} has no column {', '.join(map(repr, unknown))}; it has {names}")
+    table = table if columns is None else table.select(list(columns))
     if len(table) != manifest.num_items:
         raise ValueError(_damaged(path, f"has {len(table)} items but the manifest counts {manifest.num_items}"))
     return table
 
 
 @contextlib.contextmanager
-def replaced_folder(output: Path) -> Iterator[Path]:
-    """Yield an empty sibling of ``output`` that takes its place if the block ends well and vanishes if it does not.
+def replaced_folder(output: Path | UPath, *, scratch: Path | None = None) -> Iterator[Path]:
+    """Yield an empty folder here, whose files take the place of ``output`` if the block ends well and vanish if not.
 
-    Killed at any moment, it leaves what `put_right` mends at the next run.
+    A sibling that is renamed; for an object store, a folder of ``scratch`` that is copied there, the manifest last.
+    Killed at any moment, it leaves what `put_right` or the next run mends.
+
+    Args:
+        output: where the data set shall be.
+        scratch: an existing folder, for object stores only; the system's temporary folder where not given.
 
     Raises:
         ValueError: ``output`` holds files that no manifest lists: replacing it would destroy somebody's work.
     """
+    if not isinstance(output, Path):
+        check_replaceable(output)
+        with tempfile.TemporaryDirectory(prefix="muonrec-data-", dir=scratch) as folder:
+            yield Path(folder)
+            publish(Path(folder), output, commit=MANIFEST)
+        return
     check_replaceable(output)
     output.parent.mkdir(parents=True, exist_ok=True)
     partial, lock = _locked_sibling(output)
@@ -501,11 +520,13 @@ def replaced_folder(output: Path) -> Iterator[Path]:
         os.close(lock)
 
 
-def put_right(output: Path) -> None:
+def put_right(output: Path | UPath) -> None:
     """Mend what runs that were killed left beside ``output``: bring back a data set, remove unfinished folders.
 
     Leftovers of a run that may still be alive, here or on another host, stay as they are.
     """
+    if not isinstance(output, Path):
+        return  # what a killed run leaves on an object store, the next one replaces
     dead = [folder for folder in sorted(output.parent.glob(f".{output.name}{_PARTIAL}*")) if _is_abandoned(folder)]
     for folder in dead:
         # Killed between the two renames: the new data set is complete, the one before it has been moved away.
@@ -560,17 +581,20 @@ def _is_abandoned(partial: Path) -> bool:
     return True
 
 
-def check_replaceable(output: Path) -> None:
+def check_replaceable(output: Path | UPath) -> None:
     """Refuse an ``output`` that is a file or holds files that its manifest does not list, by ValueError."""
-    if not output.exists():
+    if not isinstance(output, Path):
+        found, ours = names_in(output), published(output, commit=MANIFEST)
+    elif not output.exists():
         return
-    if not output.is_dir():
+    elif not output.is_dir():
         raise ValueError(f"output {output} is a file; pass a folder as data.output")
-    ours: set[str] = set()
-    if (output / MANIFEST).is_file():
-        with contextlib.suppress(ValueError, AttributeError):
-            ours = {MANIFEST, *json.loads((output / MANIFEST).read_text()).get("files", {})}
-    if foreign := sorted(path.name for path in output.iterdir() if path.name not in ours):
+    else:
+        found, ours = sorted(path.name for path in output.iterdir()), set()
+        if (output / MANIFEST).is_file():
+            with contextlib.suppress(ValueError, AttributeError):
+                ours = {MANIFEST, *json.loads((output / MANIFEST).read_text()).get("files", {})}
+    if foreign := [name for name in found if name not in ours]:
         raise ValueError(
             f"output {output} holds {', '.join(foreign[:5])}, which no manifest of a data set lists; "
             "pass another folder as data.output or move them away"
@@ -710,6 +734,7 @@ def _count(statistics: ShardStatistics, block: pa.Table, rows: pa.Table, *, all_
     for name, counts in parts.items():
         statistics.num_events[name] += int(counts.sum())
     is_tied = _is_tied(block)
+    statistics.num_tied_events += int(is_tied.sum())
     starts = np.cumsum(lengths) - lengths
     for name in statistics.num_targets:
         first, count = target_spans(parts["train"], parts["valid"], parts["test"], name, all_targets=all_targets)
@@ -729,12 +754,9 @@ def _is_tied(block: pa.Table) -> np.ndarray:
     return is_tied
 
 
-def _read_shard(path: Path, manifest: Manifest, timestamps: bool) -> dict[str, np.ndarray]:
+def _read_shard(path: Path | UPath, manifest: Manifest, timestamps: bool) -> dict[str, np.ndarray]:
     names = ["user_id", "item_ids", "num_train", "num_valid", "num_test"] + ["timestamps_s"] * timestamps
-    try:
-        table = pq.read_table(path, columns=names).combine_chunks()
-    except pa.ArrowException as error:
-        raise ValueError(_damaged(path, f"cannot be read as Parquet: {error}")) from None
+    table = _read_table(path, names).combine_chunks()
     items = _only_chunk(table, "item_ids")
     shard = {name: table.column(name).to_numpy() for name in ("user_id", "num_train", "num_valid", "num_test")}
     shard["length"] = np.diff(items.offsets.to_numpy())
@@ -747,6 +769,21 @@ def _read_shard(path: Path, manifest: Manifest, timestamps: bool) -> dict[str, n
         worst = shard["values"].max() if shard["values"].min() >= 0 else shard["values"].min()
         raise ValueError(_damaged(path, f"has item id {worst} but the vocabulary has {manifest.num_items} items"))
     return shard
+
+
+def _read_table(path: Path | UPath, columns: Sequence[str] | None = None) -> pa.Table:
+    """The table of a Parquet file, wherever it is. Raises ValueError, which names it."""
+    try:
+        return pq.read_table(parquet_of(path), columns=columns)
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(_damaged(path, f"cannot be read as Parquet: {error}")) from None
+
+
+def _sha256(path: Path | UPath) -> str:
+    if not isinstance(path, Path):
+        return hashlib.sha256(read_bytes(path)).hexdigest()
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _only_chunk(table: pa.Table, name: str) -> pa.Array:
@@ -766,5 +803,5 @@ def _places(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     return np.arange(lengths.sum()) + np.repeat(starts - firsts, lengths)
 
 
-def _damaged(path: Path, fault: str) -> str:
+def _damaged(path: Path | UPath, fault: str) -> str:
     return f"{path} {fault}; run python -m pipeline.data CONFIG again"

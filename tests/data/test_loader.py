@@ -18,7 +18,9 @@ from muonrec.data.loader import (
     prefetched,
     seen_items,
 )
+from muonrec.data.shards import load_sequences
 from muonrec.mesh import Ranks
+from pipeline.data import DataConfig, build_dataset
 from tests.made_up import made_up_sequences
 
 SEQUENCES = made_up_sequences()
@@ -59,6 +61,27 @@ def test_a_global_batch_does_not_depend_on_the_number_of_ranks(num_ranks):
             assert not together.keys() & mine.keys()
             together |= mine
         assert together == rows(alone.share(step))
+
+
+def test_ranks_end_an_epoch_together_whatever_the_shards_hold(tmp_path):
+    # 61 users in 40 shards, two of them in some and one in others, and in 8 streams that 3 ranks share unequally.
+    source = {"format": "synthetic", "num_users": 61, "num_items": 30}
+    build_dataset(DataConfig.model_validate({"source": source, "output": tmp_path / "data", "num_shards": 40}))
+    sequences = load_sequences(tmp_path / "data")
+    shards = [loader(rank, 3, sequences=sequences, batch_size=24) for rank in range(3)]
+    num_steps = 2 * shards[0].steps_per_epoch
+    batches = [list(shard.iterate(0, num_steps)) for shard in shards]
+    assert [len(mine) for mine in batches] == [num_steps] * 3
+    assert len({sum(len(batch.user_ids) for batch in mine) for mine in batches}) > 1  # unequal rows
+    visited = [user for mine in batches for batch in mine for user in batch.user_ids.tolist()]
+    assert sorted(visited) == sorted(list(range(61)) * 2)
+    for part in ("valid", "test"):
+        rounds = [
+            list(evaluation_batches(sequences, part, max_length=9, batch_size=7, ranks=ranks(rank, 3)))
+            for rank in range(3)
+        ]
+        assert len({len(mine) for mine in rounds}) == 1
+        assert sum(len(batch.user_ids) for mine in rounds for batch in mine) == 61
 
 
 def test_an_epoch_visits_every_user_with_two_training_events_once():

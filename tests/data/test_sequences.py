@@ -11,6 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from muonrec.data import engines
+from muonrec.data.engines import DuckDB
 from muonrec.data.events import EVENT_SCHEMA
 from muonrec.data.sequences import EventStore, GlobalTimeSplit, LeaveOneOut, RatioSplit
 
@@ -198,6 +200,17 @@ def test_file_order_survives_relabeling_of_the_items() -> None:
     }
 
 
+def test_sorting_in_passes_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    events = random_log(8, num_seconds=20)
+    whole = run(events, k_core=2)
+    asked = []
+    stream = DuckDB.stream
+    monkeypatch.setattr(DuckDB, "stream", lambda self, sql, rows: asked.append(sql) or stream(self, sql, rows))
+    monkeypatch.setattr(engines, "_SORTED_ROW_BYTES", 512 * 2**20 // 150)  # 150 of some 370 events
+    assert run(events, k_core=2) == whole
+    assert sum("num_train" in sql for sql in asked) == 3
+
+
 def test_the_seed_moves_ties_and_nothing_else() -> None:
     events = random_log(6, num_seconds=3)
     one, again, other = run(events, seed=1), run(events, seed=1), run(events, seed=2)
@@ -207,11 +220,10 @@ def test_the_seed_moves_ties_and_nothing_else() -> None:
     }
 
 
-def test_tied_events_and_time_range_are_counted(tmp_path: Path) -> None:
+def test_the_time_range_spans_all_events(tmp_path: Path) -> None:
     with EventStore(tmp_path) as store:
         store.load(reader_of([("a", "x", 5, 0), ("a", "y", 5, 1), ("a", "z", 6, 2), ("b", "x", 5, 3)]))
         store.drop_duplicates()
-        assert store.num_tied_events() == 2
         assert store.time_range_s() == (5, 6)
 
 

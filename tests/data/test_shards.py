@@ -45,6 +45,13 @@ def build(tmp_path: Path, **settings: object) -> Path:
     return tmp_path / "data"
 
 
+def test_tied_events_are_counted_within_a_user_only(tmp_path: Path) -> None:
+    rows = ["user_id,item_id,timestamp_s", "a,x,5", "a,y,5", "a,z,6", "b,x,5"]
+    (tmp_path / "ties.csv").write_text("\n".join(rows) + "\n")
+    data = build(tmp_path, source={"format": "csv", "path": str(tmp_path / "ties.csv")})
+    assert read_manifest(data).tied_event_share == 2 / 4
+
+
 def test_loaded_sequences_are_what_was_logged(tmp_path: Path) -> None:
     sequences = load_sequences(build(tmp_path), verify_hashes=True, timestamps=True)
     # w, x, y, z are items 0 to 3; ann, bob, cid are users 0 to 2, in shards 0, 1, 0.
