@@ -207,3 +207,39 @@ def test_a_dense_parameter_that_an_override_calls_a_table_is_refused():
         muonrec.build_optimizer, make("transformer-encoder"), muon=MUON, adamw=ADAMW, overrides=[("items", "sparse")]
     )
     assert "['items.weight'] would be trained by nothing" in message
+
+
+def refused_settings():
+    dmp = shard("dlrm")
+
+    def message(**settings):
+        return message_of(muonrec.build_optimizer, dmp, **{"muon": MUON, "adamw": ADAMW} | settings)
+
+    return [
+        message(muon=0.02),
+        message(adamw=None),
+        message(muon={"lr": 0.02, "betas": (0.9, 0.95)}),
+        message(muon={"lr": 0.02, "splits": {}}),
+        message(adamw={"lr": 1e-3, "momentum": 0.9}),
+        message(dense_tables={"lr": 0.05}),
+        message(max_grad_norm=-1.0),
+        message(overrides={"over_arch": "adamw"}),
+        message(overrides=[("over_arch[", "adamw")]),
+    ]
+
+
+def test_settings_that_mean_nothing_are_refused_by_name():
+    messages = run_on_ranks(1, refused_settings)[0]
+    expected = [
+        "muon=dict(lr=...)",
+        "adamw=dict(lr=...)",
+        "muon has 'betas'",
+        "give blocks by overrides",
+        "adamw has 'momentum'",
+        "no table is data_parallel",
+        "max_grad_norm is -1.0",
+        "list of pairs such as ('heads', 'adamw')",
+        "is not a regular expression",
+    ]
+    for message, words in zip(messages, expected, strict=True):
+        assert message is not None and words in message, (message, words)
