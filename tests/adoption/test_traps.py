@@ -1,15 +1,22 @@
 """What goes wrong in silence with TorchRec's parts around a dense optimizer: prevented, or refused with a message."""
 
+import itertools
+
 import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
+from torchrec.distributed.train_pipeline.gradient_accumulation import (
+    GradientAccumulationConfig,
+    GradientAccumulationWrapper,
+)
 from torchrec.optim.clipping import GradientClipping, GradientClippingOptimizer
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 from torchrec.optim.warmup import WarmupOptimizer, WarmupPolicy, WarmupStage
 
 import muonrec
-from tests.adoption.models import make, shard, share
+from tests.adoption.models import CPU, make, shard, share
 from tests.distributed.ranks import run_on_ranks
 from tests.embeddings.test_sharding import whole
 
@@ -243,3 +250,24 @@ def test_settings_that_mean_nothing_are_refused_by_name():
     ]
     for message, words in zip(messages, expected, strict=True):
         assert message is not None and words in message, (message, words)
+
+
+def accumulated(dense):
+    """Dense weights after each of six micro-batches, three to a step, by TorchRec's wrapper."""
+    dmp, optimizer = built(dense, "two-tower")
+    pipeline = GradientAccumulationWrapper(
+        TrainPipelineSparseDist(dmp, optimizer, CPU), optimizer, dmp, GradientAccumulationConfig(num_steps=3)
+    )
+    batches, seen = iter([share(number) for number in range(6)]), []
+    for _ in range(6):
+        pipeline.progress(batches)
+        seen.append({name: value.clone() for name, value in weights_of(dmp).items() if "tower" in name})
+    return seen
+
+
+@pytest.mark.parametrize("dense", ["ddp", "fsdp2"])
+def test_torchrec_s_gradient_accumulation_steps_once_and_keeps_replicas_equal(dense):
+    first, second = run_on_ranks(2, accumulated, dense)
+    name = "user_tower._mlp.0._linear.weight"
+    assert [torch.equal(a[name], b[name]) for a, b in itertools.pairwise(first)] == [True, False, True, True, False]
+    assert all(torch.equal(a[key], b[key]) for a, b in zip(first, second) for key in a)
