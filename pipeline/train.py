@@ -42,9 +42,10 @@ logger = logging.getLogger(__name__)
 
 
 class MuonConfig(Config):
-    """Muon on the tower's matrices; names and meaning as `torch.optim.Muon`.
+    """Muon on the tower's matrices; names and meaning as `muonrec.optim.Muon`, hence as `torch.optim.Muon`.
 
     ``match_rms_adamw`` gives an update the size of AdamW's (Liu et al. 2025), so one range of rates serves both.
+    ``normuon_beta2: 0.95`` makes it NorMuon. Blocks of fused matrices come from their roles, see ``routing``.
     """
 
     name: Literal["muon"] = "muon"
@@ -52,7 +53,11 @@ class MuonConfig(Config):
     weight_decay: float = Field(default=0.01, ge=0)
     momentum: float = Field(default=0.95, ge=0, lt=1)
     nesterov: bool = True
-    ns_steps: int = Field(default=5, ge=1)
+    ns_steps: int = Field(default=5, ge=1, lt=100)
+    ns_coefficients: Literal["jordan", "polar_express"] = "jordan"
+    ns_gram: bool = False
+    normuon_beta2: float | None = Field(default=None, ge=0, lt=1)
+    cautious_weight_decay: bool = False
     adjust_lr_fn: Literal["original", "match_rms_adamw", "spectral_unclamped"] = "match_rms_adamw"
 
 

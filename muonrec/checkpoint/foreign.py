@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
@@ -20,6 +21,8 @@ from muonrec.checkpoint.contents import TensorPlanner
 from muonrec.checkpoint.weights import differences
 
 logger = logging.getLogger(__name__)
+
+SHOWN = 6  # names in a warning; `Adopted` has all
 
 
 class Adopted(NamedTuple):
@@ -55,11 +58,12 @@ def adopt_checkpoint(
         optimizer_key: under which the optimizer's was. Whatever name it gave to its dense part is found out.
 
     Raises:
-        ValueError: a weight is missing, or anything is of another size; on every rank.
+        ValueError: nothing is saved under a key, a weight is missing, or anything is of another size; on every rank.
         OSError: the checkpoint cannot be read; on every rank.
     """
     folder = Path(folder)
     there = together(lambda: _sizes(folder))
+    together(lambda: _check_keys(folder, there, model_key, optimizer_key))
     nested_model, nested_optimizer = model.state_dict(), optimizer.state_dict()
     wanted: dict[str, torch.Tensor] = {f"{model_key}.{k}": v for k, v in flatten_state_dict(nested_model)[0].items()}
     kept: list[str] = []
@@ -81,7 +85,11 @@ def adopt_checkpoint(
     logger.info("%s: all weights and %d tensors of optimizer state loaded", folder, len(kept))
     if fresh:
         logger.warning(
-            "%s holds no state for %d tensors, which start at zero: %s", folder, len(fresh), ", ".join(fresh)
+            "%s holds no state for %d tensors of this rank, which start at zero: %s%s",
+            folder,
+            len(fresh),
+            ", ".join(fresh[:SHOWN]),
+            f" and {len(fresh) - SHOWN} more" if len(fresh) > SHOWN else "",
         )
     return Adopted(kept, fresh)
 
@@ -112,15 +120,22 @@ def _state_by_part(
 def _prefix_of(keys: Collection[str], there: Collection[str], optimizer_key: str) -> str:
     """What their optimizer puts before the names of these parameters; the most frequent, as names end alike."""
     start = f"{optimizer_key}.state."
+    theirs = [key.removeprefix(start) for key in there if key.startswith(start)]
     found = Counter(
-        their_key[len(start) : -len(key)]
-        for their_key in there
-        if their_key.startswith(start)
-        for key in keys
-        if their_key.endswith(key)
+        key[:end] for key in theirs for end in (0, *(dot.end() for dot in re.finditer(r"\.", key))) if key[end:] in keys
     )
-    whole = {prefix: count for prefix, count in found.items() if not prefix or prefix.endswith(".")}
-    return max(whole, key=lambda prefix: (whole[prefix], -len(prefix)), default="")
+    return max(found, key=lambda prefix: (found[prefix], -len(prefix)), default="")
+
+
+def _check_keys(folder: Path, there: Collection[str], model_key: str, optimizer_key: str) -> None:
+    """Under a wrong key there would be nothing to load, and every state, the tables' too, would start at zero."""
+    found = sorted({key.partition(".")[0] for key in there})
+    for argument, start in (("model_key", f"{model_key}."), ("optimizer_key", f"{optimizer_key}.state.")):
+        if not any(name.startswith(start) for name in there):
+            raise ValueError(
+                f"{folder} holds no tensors under {start!r}; it has tensors under {', '.join(found) or 'no key'}; pass "
+                f"{argument}=..., the key that the {argument.removesuffix('_key')}'s state dict was saved under"
+            )
 
 
 def _check(folder: Path, wanted: Mapping[str, torch.Tensor], there: Mapping[str, list[int]]) -> None:

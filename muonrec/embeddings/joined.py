@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -22,7 +23,7 @@ from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
 from muonrec.embeddings.fused import NOT_ASKED, NOT_FUSED, fused_tables, table_optimizer
 from muonrec.embeddings.roles import role_rules
-from muonrec.optim import Assignment, DistributedMuon, Role, Routing, param_groups
+from muonrec.optim import Assignment, DistributedMuon, Muon, Role, Routing, param_groups
 
 Overrides = Sequence[tuple[str, str | Role]]
 
@@ -207,14 +208,25 @@ def build_optimizer(
         max_grad_norm: of AdamW's parameters, see `DenseOptimizer`.
 
     Raises:
-        ValueError: a pattern that matches nothing or a table, neither or both of ``muon`` and ``matrices``, or a table
-            that is not sharded, that nothing trains, or that is trained by an optimizer that nobody chose.
+        ValueError: a pattern that matches nothing or a table, neither or both of ``muon`` and ``matrices``, arguments
+            that the optimizer does not take, or a table that is not sharded, that nothing trains, or that is trained by
+            an optimizer that nobody chose.
     """
     if (muon is None) == (matrices is None):
         raise ValueError(
             "give the matrices one optimizer: either muon=dict(lr=...) or muon=None, matrices=dict(lr=...)"
         )
+    _check_settings(DistributedMuon, muon=muon)
+    _check_settings(torch.optim.AdamW, adamw=adamw, matrices=matrices)
+    _check_settings(RowWiseAdagrad, dense_tables=dense_tables)
+    if max_grad_norm is not None and not max_grad_norm > 0:
+        raise ValueError(f"max_grad_norm is {max_grad_norm}; use more than 0, or None to leave the gradients alone")
     replicated = _check_tables_are_trained(model, with_dense_tables=dense_tables is not None)
+    if dense_tables is not None and not replicated:
+        raise ValueError(
+            "dense_tables was given, but no table is data_parallel; leave it out: fused tables train by the optimizer "
+            "that apply_optimizer_in_backward or fused_params gave them"
+        )
     routing = explain(model, overrides=overrides, adjust_lr_fn=(muon or {}).get("adjust_lr_fn"))
     named = model.named_parameters() if _is_sharded(model) else _unwrapped(model).named_parameters()
     dense = dict(in_backward_optimizer_filter(named))
@@ -285,6 +297,24 @@ def explain(
         ).with_lr_scales(adjust_lr_fn)
         for assignment in routing
     )
+
+
+def _check_settings(kind: type[torch.optim.Optimizer], **settings: Mapping[str, Any] | None) -> None:
+    """Refuse what is not a dictionary of arguments that ``kind`` takes; parameters and splits are ours to give."""
+    known = set(inspect.signature(kind).parameters) - {"params", "splits", "settings", "options"}
+    if kind is DistributedMuon:
+        known |= set(inspect.signature(Muon).parameters) - {"params", "splits"}
+    for name, given in settings.items():
+        if given is None and name != "adamw":
+            continue
+        if not isinstance(given, Mapping):
+            raise ValueError(f"{name} is {given!r}; give {kind.__name__}'s arguments as {name}=dict(lr=...)")
+        for key in given:
+            if key not in known:
+                advice = f"it takes {', '.join(sorted(known))}"
+                if key == "splits" and kind is DistributedMuon:
+                    advice = "give blocks by overrides=[(pattern, Role('muon', reason, Split(...)))]"
+                raise ValueError(f"{name} has {key!r}, which {kind.__name__} is not given here; {advice}")
 
 
 def _is_sharded(model: nn.Module) -> bool:
@@ -361,11 +391,15 @@ def _check_tables_are_trained(model: nn.Module, *, with_dense_tables: bool) -> l
 
 
 def _refuse_clipping_that_does_nothing(parameters: Any) -> None:
-    """Look for TorchRec's `GradientClippingOptimizer` among the callers, which does not say what it wraps."""
+    """Look for TorchRec's `GradientClippingOptimizer` among the callers of a step.
+
+    What wraps an optimizer reads no more of it than any other wrapper does, and leaves no trace in it: that it is in
+    the middle of its own step is the one thing that tells.
+    """
     if not any(isinstance(parameter, DTensor) for parameter in parameters):
         return
     frame = sys._getframe(1)
-    while frame is not None and frame.f_code.co_name in _OF_A_STEP:
+    while frame is not None:
         wrapper = frame.f_locals.get("self")
         if isinstance(wrapper, GradientClippingOptimizer):
             # It reads .grad of the local tensors, which FSDP2 leaves empty.
@@ -375,10 +409,6 @@ def _refuse_clipping_that_does_nothing(parameters: Any) -> None:
                     "True and param_to_pgs; use build_optimizer(..., max_grad_norm=...) instead"
                 )
         frame = frame.f_back  # type: ignore[assignment]
-
-
-# Functions between a wrapper's step and that of a part: torch and TorchRec each wrap step once more.
-_OF_A_STEP = {"step", "wrapper", "profile_hook_step", "_use_grad", "decorate_context", "__call__"}
 
 
 def _adamw(named: list[tuple[str, torch.Tensor]], **settings: Any) -> torch.optim.AdamW:

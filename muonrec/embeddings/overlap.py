@@ -33,7 +33,8 @@ class OverlappedPipeline(TrainPipelineSparseDistBwdOpt):
     by the user.
 
     Only for FSDP2: DDP hands out reduced gradients when the backward pass is over, so each replica would step with its
-    own and drift away in silence. What it saves has not been measured.
+    own and drift away in silence. Tested with gloo on two ranks; with NCCL it is untried, and what it saves is
+    unmeasured.
 
     Args:
         model: sharded, everything outside of the tables by `muonrec.FSDP2Wrapper`.

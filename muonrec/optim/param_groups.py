@@ -325,7 +325,7 @@ def _convolution_role(module: _ConvNd, param: Tensor) -> Role:
 
 
 def _override(assignments: list[Assignment], overrides: list[tuple[str, str | Role]]) -> Routing:
-    patterns = [(pattern, re.compile(pattern), optimizer) for pattern, optimizer in overrides]
+    patterns = [(pattern, _compiled(pattern), optimizer) for pattern, optimizer in map(_pair, overrides)]
     deciding: set[int] = set()
     matching: set[int] = set()
     result = Routing()
@@ -349,6 +349,23 @@ def _override(assignments: list[Assignment], overrides: list[tuple[str, str | Ro
         close = difflib.get_close_matches(pattern, names, n=3, cutoff=0.3) or names[:3]
         raise ValueError(f"override {pattern!r} matches no parameter; close names are {', '.join(close)}")
     return result
+
+
+def _pair(override: object) -> tuple[str, str | Role]:
+    if not isinstance(override, str) and isinstance(override, Sequence) and len(override) == 2:
+        pattern, optimizer = override
+        if isinstance(pattern, str) and isinstance(optimizer, str | Role):
+            return pattern, optimizer
+    raise ValueError(
+        f"overrides holds {override!r}; give a list of pairs such as ('heads', 'adamw'), or a Role for the name"
+    )
+
+
+def _compiled(pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"override {pattern!r} is not a regular expression: {error}") from None
 
 
 def _overridden(assignment: Assignment, pattern: str, asked: str | Role) -> Assignment:

@@ -116,3 +116,25 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
             "is of another model" in other_model and "model.model.dense_arch.model.0.weight is not in it" in other_model
         )
         assert "no checkpoint of DCP" in nowhere
+
+
+def adopted_by_wrong_keys(folder):
+    dmp = shard("dlrm")
+    optimizer = muonrec.build_optimizer(dmp, muon=MUON, adamw=ADAMW)
+    errors = []
+    for keys in ({"optimizer_key": "optimizer"}, {"model_key": "module"}):
+        try:
+            muonrec.adopt_checkpoint(folder, dmp, optimizer, **keys)
+        except ValueError as error:
+            errors.append(str(error))
+    return errors
+
+
+def test_a_key_that_nothing_was_saved_under_is_refused(tmp_path):
+    folder = str(tmp_path / "theirs")
+    run_on_ranks(2, theirs, folder, "dense", "dlrm")
+    for optimizer_error, model_error in run_on_ranks(2, adopted_by_wrong_keys, folder):
+        assert "no tensors under 'optimizer.state.'; it has tensors under model, opt; pass optimizer_key" in (
+            optimizer_error
+        )
+        assert "no tensors under 'module.'" in model_error and "pass model_key" in model_error

@@ -128,6 +128,13 @@ def test_a_model_continues_on_twice_the_ranks(tmp_path, name, dense):
     assert_equal(run_on_ranks(2, continued, name, dense, folder)[1], weights)
 
 
+@pytest.mark.parametrize(("before", "after"), [("ddp", "fsdp2"), ("fsdp2", "ddp")])
+def test_a_model_continues_under_the_other_wrapper(tmp_path, before, after):
+    folder = str(tmp_path / "checkpoint")
+    weights = run_on_ranks(2, uninterrupted, "dlrm-dcn", before, folder)[0][2]
+    assert_equal(run_on_ranks(2, continued, "dlrm-dcn", after, folder)[0], weights)
+
+
 def assert_equal(got, want):
     assert got.keys() == want.keys()
     for name in want:

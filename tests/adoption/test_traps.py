@@ -1,15 +1,22 @@
 """What goes wrong in silence with TorchRec's parts around a dense optimizer: prevented, or refused with a message."""
 
+import itertools
+
 import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
+from torchrec.distributed.train_pipeline.gradient_accumulation import (
+    GradientAccumulationConfig,
+    GradientAccumulationWrapper,
+)
 from torchrec.optim.clipping import GradientClipping, GradientClippingOptimizer
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 from torchrec.optim.warmup import WarmupOptimizer, WarmupPolicy, WarmupStage
 
 import muonrec
-from tests.adoption.models import make, shard, share
+from tests.adoption.models import CPU, make, shard, share
 from tests.distributed.ranks import run_on_ranks
 from tests.embeddings.test_sharding import whole
 
@@ -207,3 +214,60 @@ def test_a_dense_parameter_that_an_override_calls_a_table_is_refused():
         muonrec.build_optimizer, make("transformer-encoder"), muon=MUON, adamw=ADAMW, overrides=[("items", "sparse")]
     )
     assert "['items.weight'] would be trained by nothing" in message
+
+
+def refused_settings():
+    dmp = shard("dlrm")
+
+    def message(**settings):
+        return message_of(muonrec.build_optimizer, dmp, **{"muon": MUON, "adamw": ADAMW} | settings)
+
+    return [
+        message(muon=0.02),
+        message(adamw=None),
+        message(muon={"lr": 0.02, "betas": (0.9, 0.95)}),
+        message(muon={"lr": 0.02, "splits": {}}),
+        message(adamw={"lr": 1e-3, "momentum": 0.9}),
+        message(dense_tables={"lr": 0.05}),
+        message(max_grad_norm=-1.0),
+        message(overrides={"over_arch": "adamw"}),
+        message(overrides=[("over_arch[", "adamw")]),
+    ]
+
+
+def test_settings_that_mean_nothing_are_refused_by_name():
+    messages = run_on_ranks(1, refused_settings)[0]
+    expected = [
+        "muon=dict(lr=...)",
+        "adamw=dict(lr=...)",
+        "muon has 'betas'",
+        "give blocks by overrides",
+        "adamw has 'momentum'",
+        "no table is data_parallel",
+        "max_grad_norm is -1.0",
+        "list of pairs such as ('heads', 'adamw')",
+        "is not a regular expression",
+    ]
+    for message, words in zip(messages, expected, strict=True):
+        assert message is not None and words in message, (message, words)
+
+
+def accumulated(dense):
+    """Dense weights after each of six micro-batches, three to a step, by TorchRec's wrapper."""
+    dmp, optimizer = built(dense, "two-tower")
+    pipeline = GradientAccumulationWrapper(
+        TrainPipelineSparseDist(dmp, optimizer, CPU), optimizer, dmp, GradientAccumulationConfig(num_steps=3)
+    )
+    batches, seen = iter([share(number) for number in range(6)]), []
+    for _ in range(6):
+        pipeline.progress(batches)
+        seen.append({name: value.clone() for name, value in weights_of(dmp).items() if "tower" in name})
+    return seen
+
+
+@pytest.mark.parametrize("dense", ["ddp", "fsdp2"])
+def test_torchrec_s_gradient_accumulation_steps_once_and_keeps_replicas_equal(dense):
+    first, second = run_on_ranks(2, accumulated, dense)
+    name = "user_tower._mlp.0._linear.weight"
+    assert [torch.equal(a[name], b[name]) for a, b in itertools.pairwise(first)] == [True, False, True, True, False]
+    assert all(torch.equal(a[key], b[key]) for a, b in zip(first, second) for key in a)

@@ -33,8 +33,8 @@ def train(dmp, optimizer):
         optimizer.step()
 
 
-def hybrid(shape):
-    """Initial and trained weights under HSDP of this shape, from a seed per rank; AdamW throughout."""
+def hybrid(shape, matrices):
+    """Initial and trained weights under HSDP of this shape, from a seed per rank."""
     rank = dist.get_rank()
     names = ("dp_replicate", "dp_shard")[-len(shape) :]
     wrapper = muonrec.FSDP2Wrapper(mesh=init_device_mesh("cpu", shape, mesh_dim_names=names))
@@ -50,8 +50,10 @@ def hybrid(shape):
                 piece.tensor.detach().fill_(0.01)
     # The whole of a tensor that lies on one rank alone may be that tensor itself.
     initial = {name: whole(value).clone() for name, value in dmp.state_dict().items()}
-    optimizer = muonrec.build_optimizer(dmp, muon=None, matrices=ADAMW, adamw=ADAMW)
-    placements = {a.placement for a in muonrec.explain(optimizer) if a.optimizer == "adamw"}
+    settings = {"muon": MUON} if matrices == "muon" else {"muon": None, "matrices": ADAMW}
+    optimizer = muonrec.build_optimizer(dmp, **settings, adamw=ADAMW)
+    assert list(optimizer.parts) == ["tables", "muon" if matrices == "muon" else "matrices", "adamw"]
+    placements = {a.placement for a in muonrec.explain(optimizer) if a.optimizer != "sparse"}
     train(dmp, optimizer)
     replicas = [
         value.to_local() if isinstance(value, DTensor) else None for _, value in sorted(dmp.state_dict().items())
@@ -59,13 +61,14 @@ def hybrid(shape):
     return initial, {name: whole(value) for name, value in dmp.state_dict().items()}, placements, replicas
 
 
+@pytest.mark.parametrize("matrices", ["adamw", "muon"])
 @pytest.mark.parametrize(
     ("num_ranks", "shape"),
     [(2, (2, 1)), (2, (1, 2)), pytest.param(4, (2, 2), marks=pytest.mark.slow)],
 )
-def test_hsdp_starts_from_the_first_rank_and_trains_as_one_dim(num_ranks, shape):
-    plain = run_on_ranks(num_ranks, hybrid, (num_ranks,))
-    results = run_on_ranks(num_ranks, hybrid, shape)
+def test_hsdp_starts_from_the_first_rank_and_trains_as_one_dim(num_ranks, shape, matrices):
+    plain = run_on_ranks(num_ranks, hybrid, (num_ranks,), matrices)
+    results = run_on_ranks(num_ranks, hybrid, shape, matrices)
     for initial, trained, placements, _ in results:
         assert placements == {f"Replicate over {shape[0]}, Shard(0) over {shape[1]}"}
         for name, value in initial.items():

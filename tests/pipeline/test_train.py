@@ -634,6 +634,8 @@ def refusal(path, *overrides):
         ("bath_size=3", "bath_size: is not a known setting"),
         ("tables.item.optimizer=adamax", "tables.item.optimizer: .* 'rowwise_adagrad', 'adagrad'"),
         ("dense_optimizer=sgd", "dense_optimizer: .*'muon', 'adamw'"),
+        ("dense_optimizer={name: muon, ns_coefficients: polar}", "ns_coefficients: .*'jordan' or 'polar_express'"),
+        ("dense_optimizer={name: muon, normuon_beta2: 1}", "normuon_beta2: .*less than 1"),
         ("num_epochs=3", "give num_epochs or num_steps, one of them"),
         ("precision=fp16", "precision: .*'fp32' or 'bf16'"),
         ("accumulate_steps=3", "batch_size 64 is not a multiple of accumulate_steps 3 times num_streams 32"),
@@ -650,3 +652,27 @@ def test_a_choice_can_be_made_by_name_alone(dataset, tmp_path):
     path = config_file(dataset, tmp_path, dense_optimizer={"name": "muon", "lr": 0.02, "momentum": 0.9})
     config = load_config(TrainConfig, path, ["dense_optimizer=adamw", "dense_optimizer.lr=0.01"])
     assert (config.dense_optimizer.name, config.dense_optimizer.lr) == ("adamw", 0.01)
+
+
+MUON_OPTIONS = {
+    "normuon_beta2": 0.95, "cautious_weight_decay": True, "ns_coefficients": "polar_express", "ns_gram": True,
+    "momentum": 0.9, "nesterov": False, "ns_steps": 4, "weight_decay": 0.2, "adjust_lr_fn": "original",
+}  # fmt: skip
+
+
+def options_of_muon(path):
+    run = Run.start(load_config(TrainConfig, path), this_rank())
+    (group,) = run.optimizer.parts["muon"].param_groups
+    return {key: group[key] for key in MUON_OPTIONS}
+
+
+def test_every_option_of_muon_reaches_it_and_its_state_resumes(dataset, tmp_path):
+    muon = {"name": "muon", "lr": 0.01, **MUON_OPTIONS}
+    path = config_file(dataset, tmp_path, num_steps=6, checkpoints={"every_steps": 3}, dense_optimizer=muon)
+    assert run_on_ranks(2, options_of_muon, path) == [MUON_OPTIONS] * 2
+    shutil.rmtree(tmp_path / "run", ignore_errors=True)
+    run_on_ranks(2, train_from, path)
+    whole_run = losses(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000006")
+    run_on_ranks(2, train_from, path)
+    assert losses(tmp_path / "run")[-3:] == whole_run[-3:]
