@@ -3,13 +3,8 @@
 from muonrec.optim.capture import capture_step
 from muonrec.optim.distributed_muon import DistributedMuon
 from muonrec.optim.muon import Muon
-<<<<<<< HEAD
-from muonrec.optim.newton_schulz import JORDAN_COEFFICIENTS, orthogonalize
-from muonrec.optim.param_groups import Assignment, Role, RoleRule, Routing, format_routing, param_groups
-=======
 from muonrec.optim.newton_schulz import COEFFICIENT_SETS, JORDAN_COEFFICIENTS, orthogonalize
-from muonrec.optim.param_groups import Assignment, Role, format_routing, param_groups
->>>>>>> i4-speed
+from muonrec.optim.param_groups import Assignment, Role, RoleRule, Routing, format_routing, param_groups
 from muonrec.optim.schedule import SCHEDULES, Schedule
 from muonrec.optim.update import Split
 
