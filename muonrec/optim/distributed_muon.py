@@ -311,7 +311,7 @@ class DistributedMuon(Muon):
             # Of a convolution kernel (out, in, k), in * k columns of the matrix are in entries of dim 1.
             scale = m.shape[dim] // m.param.shape[dim]
             params, pieces, placements = work.setdefault(m.group_index, ([], [], []))
-            for offset, start, size in m.layout.part(self.rank).sections(dim):
+            for offset, start, size in m.layout.part(self.rank).sections[dim]:
                 is_all = size == update.shape[dim]
                 params.append(local if is_all else local.narrow(dim, offset // scale, size // scale))
                 pieces.append(update if is_all else update.narrow(dim, offset, size))
