@@ -19,6 +19,9 @@ def capture_step(optimizer: Muon) -> Callable[[], None]:
     (``zero_grad(set_to_none=False)``), a learning rate is changed by ``lr.fill_``, other settings are frozen, and after
     ``load_state_dict``, which replaces the state, a step is captured anew.
 
+    One rank only: with ``assume_all_gradients`` the host need not wait on several either, but then every rank must
+    capture and replay alike or all hang, and collectives of NCCL within the graph have not been tried.
+
     Args:
         optimizer: on one rank, every parameter on one CUDA device with a gradient, every ``lr`` a tensor there.
 
@@ -52,7 +55,7 @@ def _check_capturable(optimizer: Muon) -> None:
     num_ranks = getattr(optimizer, "num_ranks", 1)
     if num_ranks > 1:
         raise ValueError(
-            f"a step over {num_ranks} ranks was to be captured, but ranks ask each other which gradients there are; "
+            f"a step over {num_ranks} ranks was to be captured, but its collectives have not been tried in a graph; "
             "capture is for one rank, call step() here"
         )
     for name, param in ((name, param) for param, name in optimizer.names.items()):

@@ -5,6 +5,7 @@ iteration stay on the owner and only the update travels. Of *sharded* ones each 
 it holds; the parts of what is to be orthogonalized travel to the owner, those of the result back to all who hold them.
 """
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -62,8 +63,8 @@ class DistributedMuon(Muon):
         process_group: the ranks that share the work; by default all of them, or this process alone where
             ``torch.distributed`` is not initialized.
         assume_all_gradients: promise that every parameter has a gradient on every rank at every step. Then ``step``
-            does not ask the other ranks, and the host does not wait for the device, as capture in a CUDA graph
-            demands. A rank on which the promise is broken raises, and leaves the others waiting for it.
+            does not ask the other ranks, and the host does not wait for the device. A rank on which the promise is
+            broken raises, and leaves the others waiting for it.
 
     Raises:
         ValueError: as ``Muon``; names are missing, a placement or mesh is not supported, or the ranks were given
@@ -88,7 +89,14 @@ class DistributedMuon(Muon):
             raise ValueError(
                 "this rank is not in process_group; construct DistributedMuon on the ranks of the group alone"
             )
-        super().__init__(params, *settings, **options)
+        self._has_compared = False
+        try:
+            super().__init__(params, *settings, **options)
+        except ValueError as error:
+            if self.process_group is None or self.num_ranks == 1 or self._has_compared:
+                raise
+            # The others wait to compare plans, and would not learn why this rank never comes.
+            agree_on_plan([], [], str(error), self.process_group)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Used by the constructor; later it is refused, since the owners are planned by then."""
@@ -159,6 +167,7 @@ class DistributedMuon(Muon):
         problem = next(filter(None, problems), None)
         said = [[ranks for ranks, _ in order]]
         if self.process_group is not None and self.num_ranks > 1:
+            self._has_compared = True
             said = agree_on_plan(rows, said[0], problem, self.process_group)
         elif problem is not None:
             raise ValueError(problem)
@@ -311,7 +320,7 @@ class DistributedMuon(Muon):
             # Of a convolution kernel (out, in, k), in * k columns of the matrix are in entries of dim 1.
             scale = m.shape[dim] // m.param.shape[dim]
             params, pieces, placements = work.setdefault(m.group_index, ([], [], []))
-            for offset, start, size in m.layout.part(self.rank).sections(dim):
+            for offset, start, size in m.layout.part(self.rank).sections[dim]:
                 is_all = size == update.shape[dim]
                 params.append(local if is_all else local.narrow(dim, offset // scale, size // scale))
                 pieces.append(update if is_all else update.narrow(dim, offset, size))
@@ -357,6 +366,16 @@ class DistributedMuon(Muon):
                 )
             elif m.owner != self.rank:
                 self.state[m.param].pop("second_momentum_buffer", None)
+
+
+def _signature() -> inspect.Signature:
+    """What ``*settings`` and ``**options`` stand for, for `help` and editors."""
+    own = inspect.signature(DistributedMuon.__init__).parameters
+    extra = [own["process_group"], own["assume_all_gradients"]]
+    return inspect.Signature([*inspect.signature(Muon).parameters.values(), *extra])
+
+
+DistributedMuon.__signature__ = _signature()  # type: ignore[attr-defined]
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -31,6 +31,22 @@ class Parcel:
         return -(-math.prod(self.shape) * self.dtype.itemsize // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
 
 
+def should_deal_out(loads: Sequence[int]) -> bool:
+    """Whether what every rank is to get goes by `Broadcast`; otherwise its owner packs a copy for each other rank.
+
+    No matter where all own alike, much where few own anything.
+
+    Args:
+        loads: bytes by owning rank.
+    """
+    return len(loads) * max(loads) > 2 * sum(loads)
+
+
+def even_share(loads: Sequence[int]) -> int:
+    """Bytes that `Broadcast` deals out to each rank, in the units of alignment, so that none starts amid a word."""
+    return -(-sum(loads) // (len(loads) * ALIGNMENT_BYTES)) * ALIGNMENT_BYTES
+
+
 class Exchange:
     """A packed all-to-all from each rank to each, to be started once a step; sizes are summed up here, once.
 
@@ -69,8 +85,7 @@ class Broadcast:
         self._stream = _Packing(parcels, num_ranks)
         self._own = _Packing([parcel for parcel in parcels if parcel.rank == rank], num_ranks)
         total = sum(self._stream.sizes)
-        # In the units of alignment, so that no share starts amid a word.
-        self._share = -(-total // (num_ranks * ALIGNMENT_BYTES)) * ALIGNMENT_BYTES
+        self._share = even_share(self._stream.sizes)
         self._num_ranks = num_ranks
         starts = list(itertools.accumulate(self._stream.sizes, initial=0))
         own = (starts[rank], starts[rank + 1])

@@ -23,10 +23,16 @@ class Part:
     """What one rank holds of a matrix: ranges of its rows by ranges of its columns, stored one after the other.
 
     More than one range where shards interleave (`_StridedShard`); ``(0, 0)`` alone where the rank holds nothing.
+
+    Attributes:
+        ranges: along rows and along columns.
+        sections: the same as ``(where it begins in the part, where in the matrix, how long it is)``.
+        shape: of what is held.
     """
 
     def __init__(self, rows: Sequence[Range], columns: Sequence[Range]) -> None:
         self.ranges = (_merged(rows), _merged(columns))
+        self.sections = (_sections(self.ranges[0]), _sections(self.ranges[1]))
         self.shape = (_length(rows), _length(columns))
 
     @property
@@ -36,16 +42,11 @@ class Part:
     def of(self, matrix_RC: Tensor) -> Tensor:
         """Cut the part out of the whole; a view where it is one rectangle."""
         for dim, ranges in enumerate(self.ranges):
+            if self.shape[dim] == matrix_RC.shape[dim]:
+                continue
             pieces = [matrix_RC.narrow(dim, start, stop - start) for start, stop in ranges]
             matrix_RC = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)
         return matrix_RC
-
-    def sections(self, dim: int) -> list[tuple[int, int, int]]:
-        """``(where it begins in the part, where in the matrix, how long it is)`` of each range along a dimension."""
-        sizes = [stop - start for start, stop in self.ranges[dim]]
-        offsets = itertools.accumulate(sizes, initial=0)
-        starts = [start for start, _ in self.ranges[dim]]
-        return list(zip(offsets, starts, sizes, strict=False))
 
 
 def assemble(parts: Sequence[tuple[Part, Tensor]]) -> Tensor:
@@ -53,11 +54,13 @@ def assemble(parts: Sequence[tuple[Part, Tensor]]) -> Tensor:
 
     The shards of a mesh are the squares of a grid: all that begin in one row are equally high.
     """
+    if len(parts) == 1:
+        return parts[0][1]
     pieces = []
     for part, tensor in parts:
-        for offset, row, size in part.sections(0):
+        for offset, row, size in part.sections[0]:
             band = tensor.narrow(0, offset, size)
-            pieces += [(row, column, band.narrow(1, left, width)) for left, column, width in part.sections(1)]
+            pieces += [(row, column, band.narrow(1, left, width)) for left, column, width in part.sections[1]]
     pieces.sort(key=lambda piece: piece[:2])
     bands = [[piece for *_, piece in band] for _, band in itertools.groupby(pieces, key=lambda piece: piece[0])]
     return _cat([_cat(band, 1) for band in bands], 0)
@@ -241,6 +244,12 @@ def _merged(ranges: Iterable[Range]) -> list[Range]:
         else:
             merged.append((start, stop))
     return merged or [(0, 0)]
+
+
+def _sections(ranges: Sequence[Range]) -> list[tuple[int, int, int]]:
+    sizes = [stop - start for start, stop in ranges]
+    offsets = itertools.accumulate(sizes, initial=0)
+    return [(offset, start, size) for offset, (start, _), size in zip(offsets, ranges, sizes, strict=False)]
 
 
 def _length(ranges: Iterable[Range]) -> int:

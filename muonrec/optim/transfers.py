@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from muonrec.optim.exchange import Broadcast, Exchange, Parcel
+from muonrec.optim.exchange import Broadcast, Exchange, Parcel, should_deal_out
 from muonrec.optim.layout import Layout, Part
 from muonrec.optim.update import Split
 
@@ -137,8 +137,7 @@ def plan_from_owners(
         loads = [0] * num_ranks
         for parcel in whole:
             loads[parcel.rank] += parcel.num_bytes
-        # An owner would pack a copy for every rank: no matter where all own alike, much where few own anything.
-        if num_ranks * max(loads) > 2 * sum(loads):
+        if should_deal_out(loads):
             owned = [(m, m.layout.part(rank)) for m in bucket if m.owner == rank]
             return FromOwners(owned, list(bucket), [], Broadcast(whole, rank, num_ranks))
 

@@ -1,5 +1,7 @@
 """DistributedMuon against its plain twin, over gloo ranks."""
 
+import inspect
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -399,9 +401,9 @@ def test_state_travels_through_torch_state_dict_to_another_number_of_ranks(tmp_p
 # Errors ---------------------------------------------------------------------------------------------------------------
 
 
-def _message(params):
+def _message(params, **settings):
     with pytest.raises(ValueError) as error:
-        DistributedMuon(params)
+        DistributedMuon(params, **settings)
     return str(error.value)
 
 
@@ -421,6 +423,19 @@ def test_ranks_with_different_parameters_or_settings_are_told_which():
         assert "[4, 4]" in shapes and "[4, 5]" in shapes
         assert "they differ in extra (absent and ['extra', [4, 4]" in names
         assert "'lr': '0.25'" in settings and "'lr': '1.25'" in settings
+
+
+def _message_for_a_rate_on_rank_1():
+    return _message([("proj", nn.Parameter(torch.ones(2, 2)))], lr=-1.0 if dist.get_rank() == 1 else 0.1)
+
+
+def test_what_one_rank_refuses_is_said_on_every_rank():
+    assert run_on_ranks(2, _message_for_a_rate_on_rank_1, timeout_s=20.0) == ["lr is -1.0; use 0 or more"] * 2
+
+
+def test_the_signature_names_the_settings_of_muon():
+    own, plain = (list(inspect.signature(optimizer).parameters) for optimizer in (DistributedMuon, Muon))
+    assert own == [*plain, "process_group", "assume_all_gradients"]
 
 
 def test_parameters_without_names_are_refused():

@@ -19,10 +19,12 @@ import muonrec
 from muonrec.config import load_config
 from muonrec.embeddings.comms import CommsConfig
 from muonrec.embeddings.planning import Cluster, Workload, describe_job, find_changes, plan_job
+from muonrec.embeddings.planning.job import DenseParameter
 from muonrec.embeddings.planning.placement import place, place_by_rows
 from muonrec.embeddings.sharding import shard_model
 from muonrec.embeddings.tables import TableConfig, initialize_tables
 from muonrec.losses import sampled_softmax
+from muonrec.optim import DistributedMuon, exchange
 from muonrec.optim.ownership import newton_schulz_cost
 from muonrec.towers.transformer import TransformerTower
 from pipeline.plan import estimate_workload, format_report, print_plan
@@ -297,6 +299,52 @@ def test_planned_bytes_are_those_that_two_ranks_hold_and_send(sharding, dense):
         assert sent["forward", torch.float32] == planned[f"embeddings forward, {sharding}"][rank]
         assert sent["backward", torch.float32] == planned[f"embeddings backward, {sharding}"][rank]
         assert sent["step", torch.uint8] == muon[rank]
+
+
+TOWERS = {
+    "one matrix": [(24, 40)],
+    "fewer matrices than ranks": [(24, 40), (7, 5)],
+    "many": [(16, 16)] * 9 + [(40, 24)] * 3 + [(5, 7)],
+}
+
+
+def sent_by_muon(shapes):
+    """Bytes that this rank sends to others in a step of Muon on replicated matrices, by collective."""
+    params = [(f"{i}.weight", nn.Parameter(torch.ones(shape))) for i, shape in enumerate(shapes)]
+    optimizer = DistributedMuon(params)
+    for _, param in params:
+        param.grad = torch.ones_like(param)
+    sent = {"all-to-all": 0, "all-gather": 0}
+    real = dist.all_to_all_single, exchange.all_gather_single
+
+    def all_to_all(output, input, output_split_sizes, input_split_sizes, **settings):
+        sent["all-to-all"] += sum(input_split_sizes) - input_split_sizes[dist.get_rank()]
+        return real[0](output, input, output_split_sizes, input_split_sizes, **settings)
+
+    def all_gather(output, input, **settings):
+        sent["all-gather"] += (dist.get_world_size() - 1) * input.numel()
+        return real[1](output, input, **settings)
+
+    dist.all_to_all_single, exchange.all_gather_single = all_to_all, all_gather
+    try:
+        optimizer.step()
+    finally:
+        dist.all_to_all_single, exchange.all_gather_single = real
+    return sent
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3, 4])
+@pytest.mark.parametrize("tower", TOWERS)
+def test_planned_updates_of_muon_are_those_that_ranks_send(tower, num_ranks):
+    tables = {"t0": TableConfig(lr=0.1, sharding="row_wise")}
+    workload = Workload(batch_size=16, ids_per_user={"a": 8.0, "b": 8.0})
+    job = describe_job(Small(), tables, Cluster(1, num_ranks, GIB), workload=workload)
+    dense = [DenseParameter(f"{i}.weight", shape, 4, "muon", (shape,), "") for i, shape in enumerate(TOWERS[tower])]
+    plan = plan_job(dataclasses.replace(job, dense=tuple(dense)))
+    planned = {collective.name: collective.sent for collective in plan.collectives}
+    for rank, sent in enumerate(run_on_ranks(num_ranks, sent_by_muon, TOWERS[tower])):
+        for kind, num_bytes in sent.items():
+            assert num_bytes == planned.get(f"Muon updates, {kind}", np.zeros(num_ranks))[rank]
 
 
 # What does not fit, and what would make it fit

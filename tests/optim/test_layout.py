@@ -33,8 +33,8 @@ def test_fsdp_after_tensor_parallelism_cuts_the_tensor_parallel_shards():
 def test_a_rank_may_hold_several_ranges_of_rows():
     layout = Layout((7, 2), (_StridedShard(0, split_factor=2),), mesh(2))
     assert rows_of(layout, 2) == [[0, 1, 4, 5], [2, 3, 6]]
-    assert layout.part(0).sections(0) == [(0, 0, 2), (2, 4, 2)]
-    assert layout.part(0).sections(1) == [(0, 0, 2)]
+    assert layout.part(0).sections[0] == [(0, 0, 2), (2, 4, 2)]
+    assert layout.part(0).sections[1] == [(0, 0, 2)]
 
 
 def test_channels_of_a_kernel_are_runs_of_columns():

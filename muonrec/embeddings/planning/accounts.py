@@ -14,8 +14,8 @@ from torchrec.distributed.embedding_types import ShardingType
 from muonrec.embeddings.comms import WIRE_BYTES
 from muonrec.embeddings.planning.job import Cluster, Job
 from muonrec.embeddings.planning.placement import Placement, place
-from muonrec.optim.exchange import ALIGNMENT_BYTES
-from muonrec.optim.ownership import assign_owners, newton_schulz_cost, shard_range
+from muonrec.optim.exchange import ALIGNMENT_BYTES, even_share, should_deal_out
+from muonrec.optim.ownership import assign_buckets, assign_owners, newton_schulz_cost, shard_range
 
 _CUT_BY_ROWS = {ShardingType.ROW_WISE.value, ShardingType.TABLE_ROW_WISE.value, ShardingType.GRID_SHARD.value}
 _WITHIN_NODES = {ShardingType.TABLE_ROW_WISE.value, ShardingType.GRID_SHARD.value}
@@ -222,7 +222,9 @@ def _account_muon(job: Job) -> tuple[dict[str, np.ndarray], list[Collective], np
     matrices = [p for p in job.dense if p.optimizer == "muon"]
     costs = {p.name: sum(newton_schulz_cost(block, job.ns_steps) for block in p.blocks) for p in matrices}
     owners = assign_owners(costs, num_ranks)
-    momentum, buffers, sent, received, work = (np.zeros(num_ranks) for _ in range(5))
+    buckets = assign_buckets(costs, owners, dict.fromkeys(costs, job.dense_sharding == "ddp"), num_ranks)
+    loads: dict[int, np.ndarray] = {}  # bytes by owner, of each bucket of replicated updates
+    momentum, buffers, work = (np.zeros(num_ranks) for _ in range(3))
     to_owner, at_owner = np.zeros(num_ranks), np.zeros(num_ranks)
     owned = np.zeros(num_ranks, dtype=int)
     for p in matrices:
@@ -231,14 +233,9 @@ def _account_muon(job: Job) -> tuple[dict[str, np.ndarray], list[Collective], np
         owned[owner] += 1
         wire = min(_MUON_WIRE_BYTES, p.element_bytes)
         if job.dense_sharding == "ddp":
-            # The owner packs one copy for every rank, itself too.
-            parcel = _aligned(math.prod(p.shape) * wire)
             momentum[owner] += p.num_bytes
-            sent[owner] += (num_ranks - 1) * parcel
-            received += parcel
-            received[owner] -= parcel
-            buffers += parcel
-            buffers[owner] += num_ranks * parcel
+            load = loads.setdefault(buckets[p.name], np.zeros(num_ranks, dtype=np.int64))
+            load[owner] += _aligned(math.prod(p.shape) * wire)
             continue
         rest = math.prod(p.shape[1:])
         ranges = [shard_range(p.shape[0], num_ranks, rank) for rank in range(num_ranks)]
@@ -251,7 +248,10 @@ def _account_muon(job: Job) -> tuple[dict[str, np.ndarray], list[Collective], np
         buffers[owner] += 2 * shards.sum()
     collectives = []
     if matrices and job.dense_sharding == "ddp":
+        sent, received, gathered, buffers = np.sum([_spread_updates(load) for load in loads.values()], axis=0)
         collectives = [Collective("Muon updates, all-to-all", sent, received)]
+        if gathered.any():
+            collectives.append(Collective("Muon updates, all-gather", gathered, gathered))
     elif matrices:
         collectives = [
             Collective("Muon momentum to its owner, all-to-all", to_owner, at_owner),
@@ -261,6 +261,28 @@ def _account_muon(job: Job) -> tuple[dict[str, np.ndarray], list[Collective], np
         agreed = np.full(num_ranks, 2 * (num_ranks - 1) / num_ranks * 4 * len(matrices))
         collectives.append(Collective("Muon: who has a gradient, all-reduce", agreed, agreed))
     return {"dense state": momentum, "Muon buffers": buffers}, collectives, work, owned
+
+
+def _spread_updates(loads: np.ndarray) -> tuple[np.ndarray, ...]:
+    """How `DistributedMuon` brings a bucket of updates from their owners to all ranks.
+
+    Args:
+        loads: int64 ``[R]``, bytes that each rank owns.
+
+    Returns:
+        Bytes ``[R]`` that an all-to-all sends and receives, that an all-gather moves, and of buffers.
+    """
+    num_ranks, total = len(loads), loads.sum()
+    others = num_ranks - 1
+    if not should_deal_out(loads.tolist()):
+        sent, received = others * loads, total - loads
+        return sent, received, np.zeros(num_ranks), sent + received
+    # All bytes in a row, cut into even shares: a rank keeps what of its own lies in its share.
+    share = even_share(loads.tolist())
+    stops, cuts = loads.cumsum(), np.minimum(np.arange(num_ranks + 1) * share, total)
+    kept = np.maximum(0, np.minimum(stops, cuts[1:]) - np.maximum(stops - loads, cuts[:-1]))
+    gathered = np.full(num_ranks, others * share)
+    return loads - kept, np.diff(cuts) - kept, gathered, loads + (num_ranks + 1) * share
 
 
 def _aligned(num_bytes: int) -> int:
