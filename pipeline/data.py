@@ -31,10 +31,7 @@ from muonrec.data.download import fetch
 from muonrec.data.engines import EngineName
 from muonrec.data.events import READERS, AmazonSource, FileSource, MovielensSource
 from muonrec.data.items import METADATA, AmazonItems, FileItems, MovielensItems, read_items
-from muonrec.data.places import Place
-from muonrec.data.rejected import RejectedRows
-from muonrec.data.sequences import EventStore, LeaveOneOut, RatioSplit, Split, Ties
-from muonrec.data.shards import (
+from muonrec.data.manifest import (
     ITEMS,
     SCHEMA_VERSION,
     USERS,
@@ -43,15 +40,15 @@ from muonrec.data.shards import (
     ItemMetadata,
     Manifest,
     describe_file,
-    put_right,
     read_manifest,
-    replaced_folder,
-    shard_name,
     verify_dataset,
     write_manifest,
-    write_shards,
-    write_table,
 )
+from muonrec.data.places import Place
+from muonrec.data.rejected import RejectedRows
+from muonrec.data.replacement import put_right, replaced_folder
+from muonrec.data.sequences import EventStore, LeaveOneOut, RatioSplit, Split, Ties
+from muonrec.data.shards import shard_name, write_shards, write_table
 from muonrec.data.synthetic import SyntheticSource, best_possible, read_synthetic
 from muonrec.data.text import OnShare, source_files
 from muonrec.runlog import Progress, configure_logging, run_stage

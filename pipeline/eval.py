@@ -28,8 +28,9 @@ from upath import UPath
 import muonrec
 from muonrec.config import Config, describe, parse_config, parse_value
 from muonrec.data.loader import evaluation_batches, evaluation_targets, seen_items
+from muonrec.data.manifest import ITEMS, USERS
 from muonrec.data.places import parquet_of
-from muonrec.data.shards import ITEMS, USERS, Sequences
+from muonrec.data.shards import Sequences
 from muonrec.mesh import Ranks, join_ranks
 from muonrec.metrics import bootstrap_interval, breakdown, coverage, groups_between, metrics_per_user
 from muonrec.report import METRICS, RANKS, Ranked, read_runs, write_ranks, write_report

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from muonrec import checkpoint
 from muonrec.runlog import configure_logging, run_stage
-from pipeline.runs import choose_checkpoints
+from pipeline.resuming import choose_checkpoints
 
 logger = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from muonrec.batch import CANDIDATES, HISTORY, TARGETS
-from muonrec.data.shards import MANIFEST, read_manifest
+from muonrec.data.manifest import MANIFEST, read_manifest
 from muonrec.embeddings.planning import (
     IN_PASSES,
     IN_STEP,

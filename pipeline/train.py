@@ -36,7 +36,7 @@ from muonrec.runlog import Clock, RunLog, configure_logging, run_stage
 from muonrec.supervision import Supervision
 from pipeline.data import DataConfig, check_same_data
 from pipeline.plan import parse_ranks, parse_rows, print_plan
-from pipeline.runs import check_output, check_trained_on, choose_checkpoints, first_items
+from pipeline.resuming import check_output, check_trained_on, choose_checkpoints, first_items
 
 logger = logging.getLogger(__name__)
 

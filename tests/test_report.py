@@ -168,7 +168,7 @@ def test_a_difference_whose_interval_holds_zero_is_called_none(tmp_path):
     assert "better" not in text and "worse" not in text
 
 
-def test_runs_that_were_evaluated_unlike_are_not_paired(tmp_path):
+def test_resuming_that_were_evaluated_unlike_are_not_paired(tmp_path):
     runs = read_runs([make_run(tmp_path / "one"), make_run(tmp_path / "two")])
     runs[1].ranked.protocol["mask_seen"] = True
     with pytest.raises(ValueError, match="mask_seen is False and True"):
@@ -176,7 +176,7 @@ def test_runs_that_were_evaluated_unlike_are_not_paired(tmp_path):
     assert "not comparable: one and two were not evaluated alike" in text_of(write_report(tmp_path, runs))
 
 
-def test_runs_over_other_users_are_not_paired(tmp_path):
+def test_resuming_over_other_users_are_not_paired(tmp_path):
     runs = read_runs([make_run(tmp_path / "one"), make_run(tmp_path / "two", num_users=3999)])
     with pytest.raises(ValueError, match="not evaluated on the same users"):
         paired_differences(*runs, ["ndcg@10"])
@@ -230,7 +230,7 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path):
         read_run(tmp_path)
 
 
-def test_runs_are_named_by_what_tells_them_apart(tmp_path):
+def test_resuming_are_named_by_what_tells_them_apart(tmp_path):
     folders = [make_run(tmp_path / arm / "seed0", evaluated=False) for arm in ("adamw", "muon")]
     assert [run.name for run in read_runs(folders)] == ["adamw/seed0", "muon/seed0"]
     with pytest.raises(ValueError, match="given twice"):

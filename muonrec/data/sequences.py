@@ -16,8 +16,8 @@ from upath import UPath
 
 from muonrec.config import Config, name_only
 from muonrec.data.engines import ENGINES, EngineName
+from muonrec.data.manifest import ITEMS, USERS
 from muonrec.data.places import parquet_of
-from muonrec.data.shards import ITEMS, USERS
 
 logger = logging.getLogger(__name__)
 

@@ -2,169 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-import hashlib
 import itertools
-import json
 import logging
-import os
-import platform
-import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import pydantic
 from upath import UPath
 
-from muonrec.config import Config
-from muonrec.data.places import names_in, parquet_of, place, publish, published, read_bytes, size_of
+from muonrec.data.manifest import ITEMS, Manifest, verify_dataset
+from muonrec.data.places import parquet_of, place
 
 logger = logging.getLogger(__name__)
 
-SCHEMA_VERSION = 2
-MANIFEST = "manifest.json"
-ITEMS = "items.parquet"
-USERS = "users.parquet"
-
-# In the names of the hidden siblings of a data set that is being replaced.
-_PARTIAL, _PREVIOUS = ".partial-", ".previous-"
-
 _ROW_GROUP_ROWS = 8192
 _QUANTILES = {"min": 0.0, "p25": 0.25, "p50": 0.5, "p75": 0.75, "p90": 0.9, "p99": 0.99, "max": 1.0}
-
-
-class PartCounts(Config):
-    """One count for each part of the split."""
-
-    train: int
-    valid: int
-    test: int
-
-
-class TargetCounts(Config):
-    """One count for each part that has evaluation targets."""
-
-    valid: int
-    test: int
-
-
-class FileEntry(Config):
-    """One file of the data set, as committed."""
-
-    num_rows: int
-    num_bytes: int
-    sha256: str
-
-
-class BestPossible(Config):
-    """Metrics of ranking all items by the true ``P(next item | history)``: no model does better but by luck."""
-
-    ndcg_at_10: float = pydantic.Field(alias="ndcg@10")
-    recall_at_10: float = pydantic.Field(alias="recall@10")
-    num_users: int
-
-    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", validate_by_name=True, serialize_by_alias=True)
-
-
-class Ancestor(Config):
-    """The earlier data set whose users and items kept their rows, the first of each vocabulary."""
-
-    fingerprint: str
-    num_users: int
-    num_items: int
-
-
-class ItemMetadata(Config):
-    """Where the columns of `ITEMS` that describe an item came from (`muonrec.data.items.METADATA`).
-
-    Attributes:
-        fingerprint: sha256 over settings and source.
-        source: path, size and sha256 of every input file.
-        num_rows: rows of the source that describe an item, of the data set or not.
-        num_rejected_by_kind: rows that describe none.
-        num_duplicates: rows of an item of the data set after its first, which stands.
-        num_items_described: items of the data set of which anything is known; of the others all columns are null.
-        num_items_by_column: items that have a value in each column.
-    """
-
-    fingerprint: str
-    source: dict[str, Any]
-    num_rows: int
-    num_rejected_by_kind: dict[str, int]
-    num_duplicates: int
-    num_items_described: int
-    num_items_by_column: dict[str, int]
-
-
-class Manifest(Config):
-    """What a data set holds and where it came from; a folder without one is no data set.
-
-    Attributes:
-        fingerprint: sha256 over schema version, config and source; equal fingerprints mean equal shards.
-        config: the resolved config of the stage.
-        source: path, size and sha256 of every input file, or the parameters of the generator.
-        num_users, num_items: rows of the vocabularies; with an ancestor, some may have no event here.
-        all_targets: whether every event of valid and test is a target, or the first of each user (see `Sequences`).
-        num_users_with_target: users with a target, whose history is never empty.
-        num_targets: evaluation targets.
-        num_tied_targets: targets that share user and second with another event: ``ties`` decided which one it is.
-        num_items_unseen_in_training: items of the vocabulary with no event in the train part.
-        history_length_quantiles: of the events per user, all parts together.
-        time_range_s: first and last timestamp; null without times.
-        tied_event_share: share of events that share user and timestamp with another; null without times.
-        core_rounds: users, items and events before the k-core and after each of its rounds.
-        num_repeats_dropped, num_ties_dropped: events that ``repeats`` and ``ties: drop`` left out, before the k-core.
-        num_rejected_by_kind: rows of the source that were no events.
-        ancestor: what ``extends`` named; null for a data set of its own.
-        older_ancestors: what the ancestor extended in its turn, the nearest first.
-        item_metadata: null where none was asked for. It decides nothing of the shards, nor the fingerprint.
-        best_possible: of a synthetic source, where it can be known; null otherwise.
-        rates: events per second of each phase of the run that wrote it.
-    """
-
-    schema_version: int
-    fingerprint: str
-    num_users: int
-    num_items: int
-    num_events: int
-    num_events_per_part: PartCounts
-    all_targets: bool
-    num_users_with_target: TargetCounts
-    num_targets: TargetCounts
-    num_tied_targets: TargetCounts
-    num_items_unseen_in_training: int
-    num_source_events: int
-    num_rejected_by_kind: dict[str, int]
-    num_duplicates_dropped: int
-    num_repeats_dropped: int
-    num_ties_dropped: int
-    core_rounds: list[dict[str, int]]
-    history_length_quantiles: dict[str, float]
-    time_range_s: tuple[int, int] | None
-    tied_event_share: float | None
-    split: dict[str, Any]
-    num_shards: int
-    files: dict[str, FileEntry]
-    config: dict[str, Any]
-    source: dict[str, Any]
-    ancestor: Ancestor | None
-    item_metadata: ItemMetadata | None = None
-    best_possible: BestPossible | None
-    rates: dict[str, float]
-    older_ancestors: list[Ancestor] = []
-
-    @property
-    def ancestors(self) -> list[Ancestor]:
-        """All data sets whose rows are the first of this one, the nearest first."""
-        return [] if self.ancestor is None else [self.ancestor, *self.older_ancestors]
 
 
 @dataclass
@@ -321,84 +178,6 @@ def write_table(path: Path, batches: Iterable[pa.RecordBatch], schema: pa.Schema
     file.close()
 
 
-def describe_file(path: Path) -> FileEntry:
-    """Rows, bytes and sha256 of a Parquet file, forced to disk first: the manifest must not outlive it."""
-    with path.open("rb") as stream:
-        os.fsync(stream.fileno())
-    return FileEntry(num_rows=pq.read_metadata(path).num_rows, num_bytes=path.stat().st_size, sha256=_sha256(path))
-
-
-def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Commit the folder: the manifest appears whole or not at all."""
-    partial = folder / f"{MANIFEST}.partial"
-    with partial.open("w") as stream:
-        stream.write(json.dumps(manifest.model_dump(mode="json", by_alias=True), indent=2) + "\n")
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(partial, folder / MANIFEST)
-
-
-def read_manifest(folder: str | Path | UPath) -> Manifest:
-    """Read the manifest of a data set.
-
-    Raises:
-        ValueError: the folder has none, or it is damaged or of another schema version.
-    """
-    path = place(folder) / MANIFEST
-    try:
-        text = read_bytes(path)
-    except (FileNotFoundError, NotADirectoryError):
-        found = "has no manifest.json" if not isinstance(path, Path) or path.parent.is_dir() else "does not exist"
-        raise ValueError(f"{folder} is not a data set: it {found}; run python -m pipeline.data CONFIG") from None
-    except OSError as error:
-        raise ValueError(f"{error}; see whether the place is reached from here") from None
-    try:
-        tree = json.loads(text)
-        version = tree.get("schema_version") if isinstance(tree, dict) else None
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}); run python -m pipeline.data CONFIG again") from None
-    if version != SCHEMA_VERSION:
-        raise ValueError(
-            f"{path} has schema version {version}, this muonrec reads {SCHEMA_VERSION}; "
-            "run python -m pipeline.data CONFIG again"
-        )
-    try:
-        return Manifest.model_validate(tree)
-    except pydantic.ValidationError as error:
-        faults = ", ".join(".".join(map(str, fault["loc"])) for fault in error.errors())
-        raise ValueError(f"{path} is damaged at {faults}; run python -m pipeline.data CONFIG again") from None
-
-
-def verify_dataset(folder: str | Path | UPath, *, verify_hashes: bool = False) -> Manifest:
-    """Check that every file of the manifest is there with its size, and with its sha256 where asked.
-
-    Raises:
-        ValueError: names the first file that differs.
-    """
-    manifest = read_manifest(folder)
-    for name, entry in manifest.files.items():
-        path = place(folder) / name
-        try:
-            num_bytes = size_of(path)
-        except FileNotFoundError:
-            raise ValueError(
-                f"{path} is missing though the manifest lists it; run python -m pipeline.data CONFIG again"
-            ) from None
-        except OSError as error:
-            raise ValueError(f"{error}; see whether the place is reached from here") from None
-        if num_bytes not in (None, entry.num_bytes):
-            raise ValueError(
-                f"{path} has {num_bytes} bytes but the manifest says {entry.num_bytes}; "
-                "copy it again or run python -m pipeline.data CONFIG again"
-            )
-        if verify_hashes and (found := _sha256(path)) != entry.sha256:
-            raise ValueError(
-                f"{path} has sha256 {found[:12]}... but the manifest says {entry.sha256[:12]}...; "
-                "copy it again or run python -m pipeline.data CONFIG again"
-            )
-    return manifest
-
-
 def load_sequences(folder: str | Path | UPath, *, verify_hashes: bool = False, timestamps: bool = False) -> Sequences:
     """Read a data set into memory, ordered by ``user_id`` whatever the number of shards.
 
@@ -482,123 +261,6 @@ def load_items(folder: str | Path | UPath, *, columns: Sequence[str] | None = No
     if len(table) != manifest.num_items:
         raise ValueError(_damaged(path, f"has {len(table)} items but the manifest counts {manifest.num_items}"))
     return table
-
-
-@contextlib.contextmanager
-def replaced_folder(output: Path | UPath, *, scratch: Path | None = None) -> Iterator[Path]:
-    """Yield an empty folder here, whose files take the place of ``output`` if the block ends well and vanish if not.
-
-    A sibling that is renamed; for an object store, a folder of ``scratch`` that is copied there, the manifest last.
-    Killed at any moment, it leaves what `put_right` or the next run mends.
-
-    Args:
-        output: where the data set shall be.
-        scratch: an existing folder, for object stores only; the system's temporary folder where not given.
-
-    Raises:
-        ValueError: ``output`` holds files that no manifest lists: replacing it would destroy somebody's work.
-    """
-    if not isinstance(output, Path):
-        check_replaceable(output)
-        with tempfile.TemporaryDirectory(prefix="muonrec-data-", dir=scratch) as folder:
-            yield Path(folder)
-            publish(Path(folder), output, commit=MANIFEST)
-        return
-    check_replaceable(output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    partial, lock = _locked_sibling(output)
-    try:
-        yield partial
-        # A folder cannot replace a full one in one step: between these renames there is no data set, never half of one.
-        previous = partial.with_name(partial.name.replace(_PARTIAL, _PREVIOUS))
-        if output.exists():
-            os.rename(output, previous)
-        os.rename(partial, output)
-        shutil.rmtree(previous, ignore_errors=True)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        os.close(lock)
-
-
-def put_right(output: Path | UPath) -> None:
-    """Mend what runs that were killed left beside ``output``: bring back a data set, remove unfinished folders.
-
-    Leftovers of a run that may still be alive, here or on another host, stay as they are.
-    """
-    if not isinstance(output, Path):
-        return  # what a killed run leaves on an object store, the next one replaces
-    dead = [folder for folder in sorted(output.parent.glob(f".{output.name}{_PARTIAL}*")) if _is_abandoned(folder)]
-    for folder in dead:
-        # Killed between the two renames: the new data set is complete, the one before it has been moved away.
-        if not output.exists() and (folder / MANIFEST).is_file():
-            logger.warning("%s was complete when its run was killed: it becomes %s", folder, output)
-            os.rename(folder, output)
-        else:
-            logger.warning("%s was left by a run that was killed: removed", folder)
-            shutil.rmtree(folder, ignore_errors=True)
-    for folder in sorted(output.parent.glob(f".{output.name}{_PREVIOUS}*")):
-        if folder.with_name(folder.name.replace(_PREVIOUS, _PARTIAL)).exists():
-            continue  # its run is still at it
-        if output.exists():
-            shutil.rmtree(folder, ignore_errors=True)
-        else:
-            logger.warning("%s was moved away by a run that was killed: it becomes %s again", folder, output)
-            os.rename(folder, output)
-
-
-def _locked_sibling(output: Path) -> tuple[Path, int]:
-    """A new folder beside ``output``, and a lock on it that ends with this process, however that ends."""
-    while True:
-        partial = Path(tempfile.mkdtemp(prefix=f".{output.name}{_PARTIAL}{platform.node()}-", dir=output.parent))
-        lock = os.open(partial, os.O_RDONLY)
-        with contextlib.suppress(OSError):  # a file system without locks: its leftovers are for people to remove
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if partial.exists():  # else another run has just taken it for a leftover
-            partial.chmod(0o755)
-            return partial, lock
-        os.close(lock)
-
-
-def _is_abandoned(partial: Path) -> bool:
-    """Whether the run that made ``partial`` is dead for certain: of this host, and its lock is gone."""
-    if not partial.name.partition(_PARTIAL)[2].startswith(f"{platform.node()}-"):
-        logger.warning("%s is of a run on another host: remove it unless that is running", partial)
-        return False
-    try:
-        lock = os.open(partial, os.O_RDONLY)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        logger.warning("%s belongs to a run that is writing the same output now", partial)
-        return False
-    except OSError:
-        logger.warning("%s is left over from a run that was killed, unless one is running: remove it", partial)
-        return False
-    finally:
-        os.close(lock)
-    return True
-
-
-def check_replaceable(output: Path | UPath) -> None:
-    """Refuse an ``output`` that is a file or holds files that its manifest does not list, by ValueError."""
-    if not isinstance(output, Path):
-        found, ours = names_in(output), published(output, commit=MANIFEST)
-    elif not output.exists():
-        return
-    elif not output.is_dir():
-        raise ValueError(f"output {output} is a file; pass a folder as data.output")
-    else:
-        found, ours = sorted(path.name for path in output.iterdir()), set()
-        if (output / MANIFEST).is_file():
-            with contextlib.suppress(ValueError, AttributeError):
-                ours = {MANIFEST, *json.loads((output / MANIFEST).read_text()).get("files", {})}
-    if foreign := [name for name in found if name not in ours]:
-        raise ValueError(
-            f"output {output} holds {', '.join(foreign[:5])}, which no manifest of a data set lists; "
-            "pass another folder as data.output or move them away"
-        )
 
 
 class _RowGroups:
@@ -777,13 +439,6 @@ def _read_table(path: Path | UPath, columns: Sequence[str] | None = None) -> pa.
         return pq.read_table(parquet_of(path), columns=columns)
     except (pa.ArrowException, OSError) as error:
         raise ValueError(_damaged(path, f"cannot be read as Parquet: {error}")) from None
-
-
-def _sha256(path: Path | UPath) -> str:
-    if not isinstance(path, Path):
-        return hashlib.sha256(read_bytes(path)).hexdigest()
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _only_chunk(table: pa.Table, name: str) -> pa.Array:

@@ -19,7 +19,7 @@ import pydantic
 
 from muonrec.config import Config
 from muonrec.data.events import EVENT_SCHEMA
-from muonrec.data.shards import BestPossible
+from muonrec.data.manifest import BestPossible
 
 # A chunk's users depend on the seed and the number of the chunk alone; changing this changes every data set.
 CHUNK_USERS = 8192

@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("torchx", reason="pip install 'muonrec[torchx]'")
 
 from components import stages
-from muonrec.data.shards import read_manifest, verify_dataset
+from muonrec.data.manifest import read_manifest, verify_dataset
 from pipeline.data import build_dataset, load_data_config
 from tests.components.test_stages import ROOT, TorchxRun, render, torchx_run  # noqa: F401
 from tests.data.test_spark import needs_spark

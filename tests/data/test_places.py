@@ -13,8 +13,9 @@ import pytest
 from upath import UPath
 
 from muonrec.config import parse_config
+from muonrec.data.manifest import ITEMS, MANIFEST, read_manifest, verify_dataset
 from muonrec.data.places import place
-from muonrec.data.shards import ITEMS, MANIFEST, load_sequences, read_manifest, shard_name, verify_dataset
+from muonrec.data.shards import load_sequences, shard_name
 from pipeline.data import DataConfig
 from pipeline.train import check_output
 from tests.data.test_shards import build

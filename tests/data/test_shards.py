@@ -12,20 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from muonrec.data.shards import (
-    ITEMS,
-    MANIFEST,
-    Manifest,
-    ShardStatistics,
-    load_sequences,
-    put_right,
-    read_manifest,
-    replaced_folder,
-    shard_name,
-    target_spans,
-    verify_dataset,
-    write_shards,
-)
+from muonrec.data.manifest import ITEMS, MANIFEST, Manifest, read_manifest, verify_dataset
+from muonrec.data.replacement import put_right, replaced_folder
+from muonrec.data.shards import ShardStatistics, load_sequences, shard_name, target_spans, write_shards
 from pipeline.data import DataConfig, build_dataset
 from tests.made_up import made_up_sequences
 
@@ -277,7 +266,7 @@ def killed_while_replacing(folder: Path, *, at_rename: int) -> None:
     """Replace ``folder`` in a process of its own, which is killed in place of the given rename."""
     script = (
         "import os, pathlib, shutil, signal, sys\n"
-        "from muonrec.data import shards\n"
+        "from muonrec.data.replacement import replaced_folder\n"
         "rename, calls = os.rename, []\n"
         "def killing(*paths):\n"
         "    calls.append(paths)\n"
@@ -286,7 +275,7 @@ def killed_while_replacing(folder: Path, *, at_rename: int) -> None:
         "    rename(*paths)\n"
         "os.rename = killing\n"
         "folder = pathlib.Path(sys.argv[1])\n"
-        "with shards.replaced_folder(folder) as partial:\n"
+        "with replaced_folder(folder) as partial:\n"
         "    for path in folder.iterdir():\n"
         "        shutil.copy(path, partial)\n"
         "    (partial / 'new').touch()\n"

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from muonrec.data.engines import _mebibytes
-from muonrec.data.shards import Manifest, read_manifest
+from muonrec.data.manifest import Manifest, read_manifest
 from pipeline.data import DataConfig, build_dataset
 
 needs_spark = [

@@ -14,7 +14,8 @@ import yaml
 
 import pipeline.data
 from muonrec.data.events import CsvSource, read_csv
-from muonrec.data.shards import ITEMS, MANIFEST, USERS, Manifest, load_items, load_sequences, read_manifest
+from muonrec.data.manifest import ITEMS, MANIFEST, USERS, Manifest, read_manifest
+from muonrec.data.shards import load_items, load_sequences
 from pipeline.data import DataConfig, build_dataset, check_same_data, load_data_config, main
 
 SYNTHETIC = {"format": "synthetic", "num_users": 60, "num_items": 40, "num_clusters": 4, "events_per_user": 8}

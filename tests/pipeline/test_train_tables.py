@@ -7,7 +7,7 @@ from muonrec import checkpoint
 from muonrec.config import load_config
 from pipeline.train import TrainConfig
 from tests.distributed.ranks import run_on_ranks
-from tests.pipeline.test_runs import listening
+from tests.pipeline.test_resuming import listening
 from tests.pipeline.test_train import config_file, dataset, losses, refusal, train_from
 
 __all__ = ["dataset"]  # a fixture

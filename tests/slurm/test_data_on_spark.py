@@ -2,7 +2,7 @@
 
 import pytest
 
-from muonrec.data.shards import read_manifest, verify_dataset
+from muonrec.data.manifest import read_manifest, verify_dataset
 from tests.data.test_spark import needs_spark
 from tests.slurm.test_slurm import CONFIG, cluster  # noqa: F401
 

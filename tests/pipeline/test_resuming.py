@@ -18,7 +18,7 @@ from muonrec.data.shards import load_sequences
 from muonrec.data.synthetic import SyntheticSource
 from pipeline.data import DataConfig, build_dataset
 from pipeline.export import export
-from pipeline.runs import choose_checkpoints
+from pipeline.resuming import choose_checkpoints
 from pipeline.train import Run, TrainConfig, load_run, make_model, train
 from tests.distributed.ranks import run_on_ranks
 from tests.embeddings.test_sharding import this_rank, whole

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from muonrec import checkpoint
 from muonrec.config import load_config
-from muonrec.data.shards import Manifest
+from muonrec.data.manifest import Manifest
 from pipeline.data import deciding_settings
 
 if TYPE_CHECKING:
