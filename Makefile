@@ -25,7 +25,7 @@ TORCH_CPU := $(TORCH_PIN)$(if $(filter Linux,$(shell uname -s)),+cpu)
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help setup doctor demo test test-slow test-gpu test-slurm check format clean
+.PHONY: help setup doctor demo test test-slow test-gpu test-slurm test-chaos check format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | awk -F ':.*## ' '{ printf "  make %-10s %s\n", $$1, $$2 }'
@@ -70,16 +70,19 @@ demo: $(STAMP)  ## data -> train with Muon and with AdamW on two ranks -> eval -
 	@echo "report: $(CURDIR)/out/demo/muon/report.html"
 
 test: $(STAMP)  ## the tests that need no GPU and little time
-	$(RUN) python -m pytest -m "not slow and not gpu and not slurm"
+	$(RUN) python -m pytest -m "not slow and not gpu and not slurm and not chaos"
 
 test-slow: $(STAMP)  ## the long ones
-	$(RUN) python -m pytest -m "slow and not gpu and not slurm" --timeout 900
+	$(RUN) python -m pytest -m "slow and not gpu and not slurm and not chaos" --timeout 900
 
 test-gpu: $(STAMP)  ## the ones that need CUDA
 	$(RUN) python -m pytest -m gpu --timeout 600
 
 test-slurm: $(STAMP)  ## launch for real: a two-node SLURM cluster on this machine (Debian, root), and its faults
 	$(RUN) OMP_NUM_THREADS=1 python -m pytest tests/slurm -m slurm --timeout 1200 --durations 0
+
+test-chaos: $(STAMP)  ## kill ranks at random moments, damage checkpoints, count what happened (CHAOS_SEED=0)
+	$(RUN) OMP_NUM_THREADS=1 python -m pytest tests/chaos -m chaos --timeout 1800
 
 check: $(STAMP)  ## ruff, mypy and the import contracts
 	$(VENV)/bin/ruff check .

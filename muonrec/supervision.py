@@ -133,13 +133,16 @@ class Supervision:
         self._before = signal.signal(signal.SIGTERM, self._on_sigterm)
         self._agree(self._taken() if ranks.is_first else _GO_ON)
 
-    def must_stop(self) -> bool:
+    def must_stop(self, *, or_if: bool = False) -> bool:
         """Whether the run has to save and `stop` now: the same answer on every rank, about the step before.
+
+        Args:
+            or_if: another cause to stop, that this rank has found.
 
         Raises:
             Superseded: on every rank; nothing may be written.
         """
-        mine = _STOP if self._asked else _GO_ON
+        mine = _STOP if self._asked or or_if else _GO_ON
         now = time.monotonic()
         if now - self._looked_s >= _LOOK_EVERY_S:
             self._looked_s = now
@@ -156,6 +159,10 @@ class Supervision:
     def check_lease(self) -> None:
         """Before anything is written. Raises Superseded on every rank."""
         self._agree(_SUPERSEDED if self._ranks.is_first and not self._lease.is_ours() else _GO_ON)
+
+    def may_write(self) -> bool:
+        """Whether the lease is still ours, as this rank alone sees it."""
+        return self._lease.is_ours()
 
     def stop(self, step: int) -> None:
         """Say that the run is saved, and leave."""
