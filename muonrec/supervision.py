@@ -26,7 +26,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from muonrec.mesh import Ranks
+from muonrec.mesh import TIMEOUT, Ranks
 
 logger = logging.getLogger(__name__)
 
@@ -128,7 +128,7 @@ class Supervision:
         self._asked = False
         self._looked_s = self._watched_s = -_LOOK_EVERY_S
         # Of its own, so that its reductions overlap the training's collectives; on CPU, where they end by themselves.
-        self._group = dist.new_group(backend="gloo") if ranks.num_ranks > 1 else None
+        self._group = dist.new_group(backend="gloo", timeout=TIMEOUT) if ranks.num_ranks > 1 else None
         self._pending: tuple[torch.Tensor, Any] | None = None
         self._before = signal.signal(signal.SIGTERM, self._on_sigterm)
         self._agree(self._taken() if ranks.is_first else _GO_ON)

@@ -23,6 +23,7 @@ from muonrec.checkpoint.folders import PROGRESS, is_committed, prune, step_folde
 from muonrec.checkpoint.marker import record_files, write_marker
 from muonrec.checkpoint.together import dcp_errors, gather, num_ranks, rank, together
 from muonrec.checkpoint.weights import local_pieces
+from muonrec.mesh import TIMEOUT
 
 if TYPE_CHECKING:
     from torchrec.optim.keyed import KeyedOptimizer
@@ -79,7 +80,9 @@ class Writer:
     ) -> None:
         self._root, self._keep, self._may_commit = root, keep, may_commit
         self._asynchronous = asynchronous
-        self._group = dist.new_group(backend="gloo") if asynchronous and num_ranks() > 1 else None
+        self._group = None
+        if asynchronous and num_ranks() > 1:
+            self._group = dist.new_group(backend="gloo", timeout=TIMEOUT)
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
         self.pause_s = 0.0  # for which the last `save` held up its caller
