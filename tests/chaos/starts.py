@@ -115,14 +115,15 @@ def kill_at_random(start, run, generator):
         ``(moment, seconds)``: the moment as text; seconds until the other ranks had ended by themselves.
     """
     wanted = generator.choices(["start", "step", "checkpoint"], weights=[1, 2, 3])[0]
-    delay_s, num_steps = generator.uniform(0, 2.0 if wanted == "start" else 0.03), generator.randint(1, 8)
+    delay_s, num_steps = generator.uniform(0, 2.0 if wanted == "start" else 0.02), generator.randint(1, 8)
+    left = unfinished(run)  # by the start before
     (before, _), resumed = _progress(run), checkpoint.newest(run / "checkpoints")
     until = int(resumed.name.removeprefix("step-")) + num_steps if resumed else num_steps
     deadline_s = time.monotonic() + 300
     while wanted != "start":
         assert time.monotonic() < deadline_s and not start.is_over(), f"nothing to kill\n{start.log()}"
         now, step = _progress(run)
-        if now != before and step >= until and (wanted == "step" or unfinished(run)):
+        if now != before and step >= until and (wanted == "step" or unfinished(run) - left):
             break
         time.sleep(0.001)
     time.sleep(delay_s)
@@ -132,14 +133,17 @@ def kill_at_random(start, run, generator):
     # Ranks that are just being connected wait for the dead one, and a launcher has to end them: here, `wait` does.
     is_alone = None in codes
     assert not is_alone or wanted == "start", f"ranks outlived one that was killed by {ENDS_WITHIN_S} s\n{start.log()}"
-    moment = "checkpoint" if unfinished(run) else "start" if wanted == "start" else "step"
+    moment = "checkpoint" if unfinished(run) - left else "start" if wanted == "start" else "step"
     return ("start, and had to be ended", 0.0) if is_alone else (moment, seconds)
 
 
 def unfinished(run):
-    """Checkpoints without a marker, newer than all that have one: `prune` takes an old one's marker first."""
+    """Checkpoints without a marker, newer than all that have one, since `prune` takes an old one's marker first."""
     folders = sorted((run / "checkpoints").glob("step-*"))
-    return [] if not folders or checkpoint.is_committed(folders[-1]) else [folders[-1]]
+    try:
+        return {(last, last.stat().st_ctime_ns) for last in folders[-1:] if not checkpoint.is_committed(last)}
+    except FileNotFoundError:  # just being replaced
+        return set()
 
 
 def batches_trained(folders, num_steps):

@@ -93,4 +93,4 @@ def test_killed_and_started_on_other_numbers_of_ranks_no_batch_is_lost_or_seen_t
     more = f"; {num_starts} starts trained, {len(trained)} batches as of one rank, losses within {worst:.1e}"
     say(capsys, "1 to 4 ranks", moments, seconds, more)
     # Sums over ranks are taken in another order, which Muon's bfloat16 iteration magnifies.
-    assert worst < 5e-3
+    assert worst < 1e-3
