@@ -25,7 +25,7 @@ TORCH_CPU := $(TORCH_PIN)$(if $(filter Linux,$(shell uname -s)),+cpu)
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help setup doctor demo test test-slow test-gpu test-slurm test-spark check format clean
+.PHONY: help setup doctor demo test test-slow test-gpu test-slurm test-spark test-chaos check format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | awk -F ':.*## ' '{ printf "  make %-10s %s\n", $$1, $$2 }'
@@ -70,10 +70,10 @@ demo: $(STAMP)  ## data -> train with Muon and with AdamW on two ranks -> eval -
 	@echo "report: $(CURDIR)/out/demo/muon/report.html"
 
 test: $(STAMP)  ## the tests that need no GPU and little time
-	$(RUN) python -m pytest -m "not slow and not gpu and not slurm and not spark"
+	$(RUN) python -m pytest -m "not slow and not gpu and not slurm and not spark and not chaos"
 
 test-slow: $(STAMP)  ## the long ones
-	$(RUN) python -m pytest -m "slow and not gpu and not slurm and not spark" --timeout 900
+	$(RUN) python -m pytest -m "slow and not gpu and not slurm and not spark and not chaos" --timeout 900
 
 test-gpu: $(STAMP)  ## the ones that need CUDA
 	$(RUN) python -m pytest -m gpu --timeout 600
@@ -85,6 +85,9 @@ test-spark: $(STAMP)  ## the data stage on Spark, alone and on two nodes; instal
 	@java -version 2>/dev/null || { echo "Spark needs Java 17: apt install openjdk-17-jre-headless"; exit 1; }
 	$(PIP) install -q -c $(CONSTRAINTS) 'pyspark>=4.0'
 	$(RUN) python -m pytest -m spark --timeout 900
+
+test-chaos: $(STAMP)  ## kill ranks at random moments, damage checkpoints, count what happened (CHAOS_SEED=0)
+	$(RUN) OMP_NUM_THREADS=1 python -m pytest tests/chaos -m chaos --timeout 1800
 
 check: $(STAMP)  ## ruff, mypy and the import contracts
 	$(VENV)/bin/ruff check .

@@ -14,6 +14,8 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 
+# What a collective waits for a rank that hangs; every group needs it, since torch's default for gloo is half an hour.
+TIMEOUT = datetime.timedelta(minutes=10)
 _PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
@@ -31,10 +33,10 @@ class Ranks:
 
 
 @contextmanager
-def join_ranks(*, timeout_s: float = 600.0) -> Iterator[Ranks]:
+def join_ranks() -> Iterator[Ranks]:
     """Join the process group described by torchrun's environment, or be the only rank without it.
 
-    gloo on a CPU, NCCL on CUDA (gloo beside it for CPU tensors). A collective that waits longer than ``timeout_s``
+    gloo on a CPU, NCCL on CUDA (gloo beside it for CPU tensors). A collective that waits longer than `TIMEOUT`
     fails instead of blocking. The group is destroyed on leaving the block. Under torchrun on Linux a rank dies with its
     launcher.
 
@@ -49,12 +51,11 @@ def join_ranks(*, timeout_s: float = 600.0) -> Iterator[Ranks]:
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    timeout = datetime.timedelta(seconds=timeout_s)
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=timeout)
+        dist.init_process_group(backend, timeout=TIMEOUT)
     else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=TIMEOUT)
     try:
         yield Ranks(dist.get_rank(), dist.get_world_size(), device)
     finally:

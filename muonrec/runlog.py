@@ -50,7 +50,8 @@ def run_stage(work: Callable[[], object]) -> int:
     """Do a stage's work; what a user can mend ends in one clear message, said by one rank, and not in a trace.
 
     Returns:
-        The exit status: 0; 1 after an error of config, data, files or a missing package; 130 after Ctrl-C.
+        The exit status: 0; 1 after an error of config, data, files or a missing package, or where another rank has
+        ended; 130 after Ctrl-C.
     """
     try:
         work()
@@ -62,6 +63,11 @@ def run_stage(work: Callable[[], object]) -> int:
         if _speaks_for_all(str(error)):
             # A ValueError that a library raised was not written for our user: then the trace is the message.
             logger.error("%s", error, exc_info=isinstance(error, ValueError) and not _is_ours(error))
+        return 1
+    except RuntimeError as error:
+        if not _is_lost_peer(error):
+            raise
+        logger.warning("this rank ends, since another one has ended or hangs: see what that one says (%s)", error)
         return 1
     return 0
 
@@ -294,6 +300,12 @@ def _speaks_for_all(message: str) -> bool:
         return dist.distributed_c10d._get_default_store().add(key, 1) == 1
     except RuntimeError:  # rank 0 kept the store and has gone: it has said why
         return False
+
+
+def _is_lost_peer(error: RuntimeError) -> bool:
+    """Whether a collective failed, as it does where another rank has gone; gloo has no class for it."""
+    dist = sys.modules.get("torch.distributed")
+    return dist is not None and (isinstance(error, dist.DistError) or "third_party/gloo" in str(error))
 
 
 def _is_ours(error: BaseException) -> bool:

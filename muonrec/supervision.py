@@ -26,7 +26,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from muonrec.mesh import Ranks
+from muonrec.mesh import TIMEOUT, Ranks
 
 logger = logging.getLogger(__name__)
 
@@ -128,18 +128,21 @@ class Supervision:
         self._asked = False
         self._looked_s = self._watched_s = -_LOOK_EVERY_S
         # Of its own, so that its reductions overlap the training's collectives; on CPU, where they end by themselves.
-        self._group = dist.new_group(backend="gloo") if ranks.num_ranks > 1 else None
+        self._group = dist.new_group(backend="gloo", timeout=TIMEOUT) if ranks.num_ranks > 1 else None
         self._pending: tuple[torch.Tensor, Any] | None = None
         self._before = signal.signal(signal.SIGTERM, self._on_sigterm)
         self._agree(self._taken() if ranks.is_first else _GO_ON)
 
-    def must_stop(self) -> bool:
+    def must_stop(self, *, or_if: bool = False) -> bool:
         """Whether the run has to save and `stop` now: the same answer on every rank, about the step before.
+
+        Args:
+            or_if: another cause to stop, that this rank has found.
 
         Raises:
             Superseded: on every rank; nothing may be written.
         """
-        mine = _STOP if self._asked else _GO_ON
+        mine = _STOP if self._asked or or_if else _GO_ON
         now = time.monotonic()
         if now - self._looked_s >= _LOOK_EVERY_S:
             self._looked_s = now
@@ -156,6 +159,10 @@ class Supervision:
     def check_lease(self) -> None:
         """Before anything is written. Raises Superseded on every rank."""
         self._agree(_SUPERSEDED if self._ranks.is_first and not self._lease.is_ours() else _GO_ON)
+
+    def may_write(self) -> bool:
+        """Whether the lease is still ours, as this rank alone sees it."""
+        return self._lease.is_ours()
 
     def stop(self, step: int) -> None:
         """Say that the run is saved, and leave."""

@@ -126,10 +126,14 @@ class ValidationConfig(Config):
 
 
 class CheckpointConfig(Config):
-    """When a checkpoint is written, and how many are kept beside the best one; with two, one may be damaged."""
+    """When a checkpoint is written, and how many are kept beside the best one; with two, one may be damaged.
+
+    ``asynchronous`` goes on training while a copy of the state, in host memory, is written.
+    """
 
     every_steps: int = Field(default=500, ge=1)
     keep: int = Field(default=2, ge=1)
+    asynchronous: bool = False
 
 
 class TrainConfig(Config):
@@ -245,13 +249,17 @@ def train(config: TrainConfig, ranks: Ranks) -> None:
     root = config.output / "checkpoints"
     step, best = run.resume(root)
     saved = step
+    settings = config.checkpoints
+    writer = checkpoint.Writer(
+        root, keep=settings.keep, asynchronous=settings.asynchronous, may_commit=supervision.may_write
+    )
     accumulated = AccumulatedStep(run.optimizer, run.model)
     pipeline = TrainPipelineSparseDist(run.model, accumulated, ranks.device)
     log = RunLog(
         config.output, enabled=ranks.is_first, start_step=step, num_steps=run.num_steps, tensorboard=config.tensorboard
     )
     clock = Clock(already_s=best.seconds)
-    with log, supervision:
+    with log, supervision, writer:
         while step < run.num_steps and not best.is_stale(config.validation.patience):
             # A stretch between two validations: the pipeline ends it with no batch in flight, since TorchRec's sharded
             # modules cannot evaluate while a batch is half way through them.
@@ -259,9 +267,11 @@ def train(config: TrainConfig, ranks: Ranks) -> None:
             batches = run.batches(step, end)
             run.model.train()
             while step < end:
-                if supervision.must_stop():
+                if supervision.must_stop(or_if=writer.has_failed()):
+                    supervision.check_lease()
                     if step != saved:
-                        run.save(root, step, dataclasses.replace(best, seconds=clock.seconds))
+                        run.save(writer, step, dataclasses.replace(best, seconds=clock.seconds))
+                    writer.finish()
                     supervision.stop(step)
                 rates = run.set_rates(step)
                 run.seed_dropout(step)
@@ -278,8 +288,9 @@ def train(config: TrainConfig, ranks: Ranks) -> None:
                 if step % config.checkpoints.every_steps == 0 and step != end:
                     with clock.paused():
                         supervision.check_lease()
-                        run.save(root, step, dataclasses.replace(best, seconds=clock.seconds))
+                        run.save(writer, step, dataclasses.replace(best, seconds=clock.seconds))
                         saved = step
+                    log.write(step, checkpoint_pause_s=writer.pause_s)
 
             with clock.paused():
                 run.model = pipeline.detach()
@@ -290,8 +301,9 @@ def train(config: TrainConfig, ranks: Ranks) -> None:
                 ndcg = metrics["valid_ndcg@10"]
                 log.say(f"step {step}: validation NDCG@10 {ndcg:.4f}, best {best.value:.4f} at {best.step}")
                 supervision.check_lease()
-                run.save(root, step, best)
+                run.save(writer, step, best)
                 saved = step
+                log.write(step, checkpoint_pause_s=writer.pause_s)
     logger.info(
         "trained %d steps in %.0f s; best validation NDCG@10 %.4f at step %d; the run is in %s",
         step,
@@ -462,8 +474,8 @@ class Run:
         every = self.config.validation.every_steps
         return (step // every + 1) * every
 
-    def save(self, root: Path, step: int, best: Best) -> None:
-        """Write the checkpoint of ``step`` and drop those no longer kept."""
+    def save(self, writer: checkpoint.Writer, step: int, best: Best) -> None:
+        """Write the checkpoint of ``step``."""
         # The loader's position is the step; random numbers are a function of seed, step and rank (`seed_dropout`).
         progress = {
             "step": step,
@@ -471,9 +483,8 @@ class Run:
             "best": dataclasses.asdict(best),
             "data": self.sequences.manifest.fingerprint,
         }
-        folder, files = checkpoint.step_folder(root, step), {"resolved.yaml": to_yaml(self.config)}
-        checkpoint.save(folder, self.model, self.optimizer, progress=progress, files=files)
-        checkpoint.prune(root, keep=self.config.checkpoints.keep, best=best.step)
+        files = {"resolved.yaml": to_yaml(self.config)}
+        writer.save(step, self.model, self.optimizer, best=best.step, progress=progress, files=files)
 
     def validate(self) -> dict[str, float]:
         """Full-ranking metrics on the validation items."""

@@ -15,6 +15,7 @@ import torch.distributed.checkpoint as dcp
 
 from muonrec import checkpoint
 from muonrec.checkpoint.marker import MARKER, find_faults, read_marker, record_files, write_marker
+from muonrec.checkpoint.writing import flat, state_of
 from tests.distributed.ranks import run_on_ranks
 from tests.embeddings.test_sharding import joined, sharded, whole
 
@@ -202,8 +203,7 @@ def test_a_marker_that_lists_files_elsewhere_is_refused(copy):
 def save_by_stock_dcp(folder, ran):
     """The right model beside an entry that is no tensor, as stock DCP would unpickle it."""
     dmp, _ = sharded()
-    flat = checkpoint._flat(checkpoint._state(dmp, joined(dmp)))
-    dcp.save({**flat, "extra": Bomb(ran)}, checkpoint_id=folder)
+    dcp.save({**flat(state_of(dmp, joined(dmp))), "extra": Bomb(ran)}, checkpoint_id=folder)
     if dist.get_rank() == 0:
         (folder / "progress.json").write_text("{}")
         (folder / MARKER).touch()

@@ -87,6 +87,15 @@ def read_metrics_of_a_damaged_file():
     parse_value("k=[5")
 
 
+def test_a_rank_that_lost_another_says_so_in_one_line_and_leaves_the_error_to_that_one(configured, capsys):
+    lost = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:5"
+    assert run_stage(raising(RuntimeError(lost))) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert " W this rank ends, since another one has ended or hangs" in line
+    with pytest.raises(RuntimeError):
+        run_stage(raising(RuntimeError("shapes cannot be multiplied")))
+
+
 def test_our_own_bugs_are_not_hidden():
     with pytest.raises(AssertionError):
         run_stage(raising(AssertionError()))

@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from muonrec import checkpoint, supervision
+from muonrec.checkpoint import writing
+from muonrec.checkpoint.marker import record_files
 from muonrec.config import load_config
 from muonrec.mesh import Ranks
 from muonrec.supervision import Lease, Superseded
@@ -110,6 +112,40 @@ def test_a_rank_that_hangs_writes_where(tmp_path, monkeypatch, capfd):
     assert "Timeout" in said and "in test_a_rank_that_hangs_writes_where" in said
     time.sleep(0.3)
     assert capfd.readouterr().err == ""  # the end of the run is no hang
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_rank_that_hangs_inside_a_checkpoint_writes_where(tmp_path, monkeypatch, capfd, asynchronous):
+    monkeypatch.setattr(supervision, "_HANGS_AFTER_S", 0.5)
+    monkeypatch.setattr(writing, "record_files", hanging)
+    with (
+        supervision.Supervision(tmp_path, Ranks(0, 1, torch.device("cpu"))) as watching,
+        checkpoint.Writer(tmp_path, keep=1, asynchronous=asynchronous) as writer,
+    ):
+        assert not watching.must_stop()
+        writer.save(1, torch.nn.Linear(2, 2))
+        writer.finish()
+    said = capfd.readouterr().err
+    assert "Timeout" in said and " in hanging" in said
+
+
+def hanging(folder, names):
+    time.sleep(1.5)
+    return record_files(folder, names)
+
+
+def collective_timeouts(path):
+    """Of every process group of a run with asynchronous checkpoints, where the training's is the test's own."""
+    watching = supervision.Supervision(path, this_rank())
+    writer = checkpoint.Writer(path, keep=1, asynchronous=True)
+    groups = (watching._group, writer._group)
+    found = [group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in groups]
+    with watching, writer:
+        return found
+
+
+def test_no_collective_waits_for_half_an_hour(tmp_path):
+    assert run_on_ranks(2, collective_timeouts, tmp_path) == [[600.0, 600.0]] * 2
 
 
 def test_a_lease_belongs_to_whoever_took_it_last(tmp_path):

@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
-import shutil
-import warnings
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 from torchrec.optim.keyed import KeyedOptimizer
 
 from muonrec.checkpoint import row_statistics
 from muonrec.checkpoint.contents import Contents, TensorPlanner, TensorReader, read_contents
 from muonrec.checkpoint.folders import (
-    PROGRESS,
     Used,
     finished,
     is_committed,
@@ -38,10 +32,8 @@ from muonrec.checkpoint.marker import (
     UnusableCheckpoint,
     find_faults,
     read_marker,
-    record_files,
-    write_marker,
 )
-from muonrec.checkpoint.together import gather, num_ranks, rank, together
+from muonrec.checkpoint.together import dcp_errors, gather, num_ranks, rank, together
 from muonrec.checkpoint.weights import (
     differences,
     export_weights,
@@ -50,11 +42,13 @@ from muonrec.checkpoint.weights import (
     local_pieces,
     read_notes,
 )
+from muonrec.checkpoint.writing import Writer, flat, save, state_of
 
 __all__ = [
     "SCHEMA_VERSION",
     "UnusableCheckpoint",
     "Used",
+    "Writer",
     "export_weights",
     "finished",
     "import_weights",
@@ -74,45 +68,6 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-
-def save(
-    folder: str | Path,
-    model: nn.Module,
-    optimizer: KeyedOptimizer | None = None,
-    *,
-    progress: Mapping[str, Any] | None = None,
-    files: Mapping[str, str] | None = None,
-) -> None:
-    """Write model, optimizer and progress to ``folder``; the marker, written last, makes it a checkpoint.
-
-    Every rank must call it. An unfinished folder of that name is replaced, a finished one is an error. Each rank reads
-    back and hashes what it wrote: in parallel, and from its own machine's cache of the file system.
-
-    Args:
-        folder: on a file system that all ranks see.
-        model: its state dict may hold sharded tensors.
-        optimizer: keyed by name, its state existing.
-        progress: what is not a tensor: step, best value so far...; JSON.
-        files: texts to keep beside it, by file name, such as the resolved config.
-
-    Raises:
-        ValueError: ``folder`` is a finished checkpoint already, or the state holds what is not a tensor.
-        OSError: a rank cannot write, as on a full disk; on every rank.
-    """
-    folder = Path(folder)
-    if is_committed(folder):
-        raise ValueError(
-            f"{folder} is a finished checkpoint already; save elsewhere, delete it, or stop another run of it"
-        )
-    state = _flat(_state(model, optimizer))
-    texts = {PROGRESS: json.dumps(dict(progress or {}), indent=1), **(files or {})}
-    together(lambda: _start(folder, texts) if rank() == 0 else None)
-    with _dcp(f"{folder} could not be written, earlier checkpoints are whole"):
-        dcp.save(state, checkpoint_id=folder)
-    written = gather(together(lambda: record_files(folder, _written_by(folder, rank()))))
-    everything = {name: record for records in written for name, record in records.items()}
-    together(lambda: write_marker(folder, everything) if rank() == 0 else None)
 
 
 def load(
@@ -141,8 +96,8 @@ def load(
     faults = gather(together(lambda: find_faults(folder, _share(read_marker(folder)))))
     if any(faults):
         raise UnusableCheckpoint(f"{folder} is damaged: {'; '.join(fault for mine in faults for fault in mine)}")
-    nested = _state(model, optimizer)
-    state = _flat(nested)
+    nested = state_of(model, optimizer)
+    state = flat(nested)
     contents = together(lambda: _fitting(folder, state, grows))
 
     # What stands elsewhere for other column shards is read whole, and converted below.
@@ -154,7 +109,7 @@ def load(
         key: dataclasses.replace(entry, size=state[key].size()) if key in state and key not in whole else entry
         for key, entry in saved.items()
     }
-    with _dcp(f"{folder} could not be read", otherwise=UnusableCheckpoint):
+    with dcp_errors(f"{folder} could not be read", otherwise=UnusableCheckpoint):
         reader = TensorReader(folder, contents._replace(tensors=entries))
         dcp.load({**state, **whole}, storage_reader=reader, planner=TensorPlanner())
     for key, vector in whole.items():
@@ -166,33 +121,6 @@ def load(
     if optimizer is not None:
         optimizer.load_state_dict(nested["optimizer"])
     return read_progress(folder)
-
-
-def _start(folder: Path, texts: Mapping[str, str]) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    for name, text in texts.items():
-        (folder / name).write_text(text)
-
-
-def _state(model: nn.Module, optimizer: KeyedOptimizer | None) -> dict[str, Any]:
-    state: dict[str, Any] = {"model": model.state_dict()}
-    if optimizer is not None:
-        state["optimizer"] = optimizer.state_dict()
-    return state
-
-
-def _flat(state: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """The tensors by dotted name. DCP would pickle anything else, so anything else is an error."""
-    flat = flatten_state_dict(state)[0]
-    # An optimizer without state leaves empty dicts.
-    others = sorted(key for key, value in flat.items() if not isinstance(value, torch.Tensor) and value != {})
-    if others:
-        raise ValueError(
-            f"{others} are no tensors, and a checkpoint holds tensors only, since loading anything else runs code; "
-            "keep it in progress, which is JSON"
-        )
-    return {key: value for key, value in flat.items() if isinstance(value, torch.Tensor)}
 
 
 def _fitting(folder: Path, state: Mapping[str, torch.Tensor], grows: Collection[str]) -> Contents:
@@ -218,25 +146,5 @@ def _fitting(folder: Path, state: Mapping[str, torch.Tensor], grows: Collection[
     return contents
 
 
-def _written_by(folder: Path, rank: int) -> list[str]:
-    """The files that ``rank`` wrote: DCP's of its name, and on the first one all others."""
-    names = [path.name for path in folder.iterdir() if path.is_file()]
-    return [name for name in names if (int(name[2:].partition("_")[0]) if name.startswith("__") else 0) == rank]
-
-
 def _share(files: dict[str, T]) -> dict[str, T]:
     return {name: files[name] for name in sorted(files)[rank() :: num_ranks()]}
-
-
-@contextmanager
-def _dcp(message: str, *, otherwise: type[Exception] = OSError) -> Iterator[None]:
-    # TorchRec's ShardedTensor warns of its own deprecation once per tensor and rank.
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        warnings.simplefilter("ignore", UserWarning)
-        try:
-            yield
-        except dcp.CheckpointException as error:  # the failures of all ranks, on every rank; not even an Exception
-            rank, (failure, _) = next(iter(error.failures.items()))
-            kind = OSError if isinstance(failure, OSError) else otherwise
-            raise kind(f"{message}: {failure!r} on rank {rank}") from error

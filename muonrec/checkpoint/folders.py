@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
+import torch.distributed as dist
+
 from muonrec.checkpoint.marker import MARKER, UnusableCheckpoint, find_faults, read_marker
 from muonrec.checkpoint.together import barrier, gather, rank, together
 
@@ -72,7 +74,7 @@ def newest_first(root: str | Path) -> list[Path]:
     return gather(finished(root)[::-1])[0]
 
 
-def prune(root: str | Path, *, keep: int, best: int | None) -> None:
+def prune(root: str | Path, *, keep: int, best: int | None, group: dist.ProcessGroup | None = None) -> None:
     """Delete all but the ``keep`` newest checkpoints and that of step ``best``, and what cut-off saves left behind.
 
     Every rank must call it, none of them in the middle of a save; rank 0 does the work.
@@ -84,7 +86,7 @@ def prune(root: str | Path, *, keep: int, best: int | None) -> None:
                 # The marker goes first: a deletion cut short leaves no checkpoint that looks whole.
                 (folder / MARKER).unlink(missing_ok=True)
                 shutil.rmtree(folder)
-    barrier()
+    barrier(group)
 
 
 def set_aside(folder: Path) -> None:

@@ -16,8 +16,8 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 from torchrec.optim.keyed import CombinedOptimizer
 
-from muonrec.checkpoint import _dcp, together
 from muonrec.checkpoint.contents import TensorPlanner
+from muonrec.checkpoint.together import dcp_errors, together
 from muonrec.checkpoint.weights import differences
 
 logger = logging.getLogger(__name__)
@@ -77,7 +77,7 @@ def adopt_checkpoint(
                 wanted[theirs] = tensor
 
     together(lambda: _check(folder, wanted, there))
-    with _dcp(f"{folder} could not be read"):
+    with dcp_errors(f"{folder} could not be read"):
         dcp.load({**wanted}, storage_reader=FileSystemReader(folder), planner=TensorPlanner())
     model.load_state_dict(nested_model)
     optimizer.load_state_dict(nested_optimizer)

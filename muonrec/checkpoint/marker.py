@@ -59,7 +59,7 @@ def read_marker(folder: Path) -> dict[str, FileRecord]:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UnusableCheckpoint(f"{folder} is damaged: its {MARKER} cannot be read: {error!r}") from None
     raise UnusableCheckpoint(
-        f"{folder} has checkpoint schema {version}, this version of muonrec reads {SCHEMA_VERSION}; load it with the "
+        f"{folder} has checkpoint schema {version!r}, this version of muonrec reads {SCHEMA_VERSION}; load it with the "
         "version that wrote it"
     )
 
