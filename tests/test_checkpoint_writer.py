@@ -124,7 +124,7 @@ def train_where_rank_1_cannot_write(path, from_step):
 
 def test_a_failure_of_the_writing_ends_the_run_on_every_rank_and_the_one_before_is_newest(dataset, tmp_path):
     path = config_file(
-        dataset, tmp_path, num_steps=400, checkpoints={"every_steps": 400}, validation={"every_steps": 9}
+        dataset, tmp_path, num_steps=400, checkpoints={"every_steps": 400}, validation={"every_steps": 60}
     )
     ended = run_on_ranks(2, train_where_rank_1_cannot_write, path, 120)
     assert all("No space left on device" in how for how in ended)
