@@ -17,6 +17,7 @@ from tests.embeddings.test_sharding import joined, sharded, whole
 from tests.pipeline import test_train
 from tests.pipeline.test_train import config_file, losses, this_rank, train_from, validations
 from tests.test_checkpoint import load_and_go_on, trained_to
+from tests.test_supervision import interrupted, terminate
 
 dataset = test_train.dataset  # the fixture
 
@@ -123,12 +124,12 @@ def train_where_rank_1_cannot_write(path, from_step):
 
 def test_a_failure_of_the_writing_ends_the_run_on_every_rank_and_the_one_before_is_newest(dataset, tmp_path):
     path = config_file(
-        dataset, tmp_path, num_steps=400, checkpoints={"every_steps": 100}, validation={"every_steps": 9}
+        dataset, tmp_path, num_steps=400, checkpoints={"every_steps": 400}, validation={"every_steps": 60}
     )
-    ended = run_on_ranks(2, train_where_rank_1_cannot_write, path, 18)
+    ended = run_on_ranks(2, train_where_rank_1_cannot_write, path, 120)
     assert all("No space left on device" in how for how in ended)
-    assert checkpoint.newest(tmp_path / "run" / "checkpoints").name == "step-00000009"
-    assert losses(tmp_path / "run")[-1][0] < 40  # at the next step or so, and not at the end
+    assert checkpoint.newest(tmp_path / "run" / "checkpoints").name == "step-00000060"
+    assert losses(tmp_path / "run")[-1][0] < 170  # at the next step or so, and not at the next save
 
 
 def save_what_was_taken_over(root):
@@ -143,3 +144,20 @@ def save_what_was_taken_over(root):
 def test_a_run_that_was_taken_over_while_it_wrote_commits_nothing(tmp_path):
     for message, newest in run_on_ranks(2, save_what_was_taken_over, str(tmp_path)):
         assert "was left unfinished: another start of the run has taken it over" in message and newest is None
+
+
+def interrupted_while_it_writes(path):
+    """SIGTERM at step 6, where writing takes half a second; where and how it ended, and the newest checkpoint."""
+    record_files = writing.record_files
+    writing.record_files = lambda *work: time.sleep(0.5) or record_files(*work)
+    try:
+        last, status = interrupted(path, 6, 0, terminate)
+    finally:
+        writing.record_files = record_files
+    return last + 1, status, checkpoint.newest(path.parent / "run" / "checkpoints").name
+
+
+def test_sigterm_waits_for_what_is_being_written(dataset, tmp_path):
+    path = config_file(dataset, tmp_path, num_steps=20, checkpoints={"every_steps": 4, "asynchronous": True})
+    for step, status, newest in run_on_ranks(2, interrupted_while_it_writes, path):
+        assert status == 143 and newest == f"step-{step:08d}"

@@ -120,7 +120,7 @@ def kill_at_random(start, run, generator):
     (before, _), resumed = _progress(run), checkpoint.newest(run / "checkpoints")
     until = int(resumed.name.removeprefix("step-")) + num_steps if resumed else num_steps
     deadline_s = time.monotonic() + 300
-    while wanted != "start":
+    while not start.pids() or wanted != "start":  # torchrun takes its time to start ranks
         assert time.monotonic() < deadline_s and not start.is_over(), f"nothing to kill\n{start.log()}"
         now, step = _progress(run)
         if now != before and step >= until and (wanted == "step" or unfinished(run) - left):
