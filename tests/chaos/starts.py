@@ -14,6 +14,7 @@ import sys
 import time
 from multiprocessing import get_context
 from pathlib import Path
+from unittest import mock
 
 from muonrec import checkpoint
 
@@ -31,15 +32,15 @@ class Start:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        os.environ.update(OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT))
         context = get_context("forkserver")
         context.set_forkserver_preload(["pipeline.train", "tests.chaos.starts"])
         self.processes = [
             context.Process(target=_rank, args=(rank, num_ranks, port, str(config), str(folder)))
             for rank in range(num_ranks)
         ]
-        for process in self.processes:
-            process.start()
+        with mock.patch.dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT)):  # for the server, once
+            for process in self.processes:
+                process.start()
 
     def pids(self):
         return [process.pid for process in self.processes]
