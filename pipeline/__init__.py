@@ -1,4 +1,4 @@
-"""The stages data, train, eval and compare; they meet through files only."""
+"""The stages data, train and eval; they meet through files only."""
 
 import os
 
