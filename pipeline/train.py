@@ -29,7 +29,7 @@ from muonrec.embeddings.tables import TableConfig, initialize_tables, table_of
 from muonrec.losses import Loss, NextItemLoss
 from muonrec.mesh import Ranks, join_ranks
 from muonrec.metrics import ranking_metrics
-from muonrec.models import MODELS, SASRecConfig, ShardedEncoder
+from muonrec.models import MODELS, ModelConfig, SASRecConfig, ShardedEncoder
 from muonrec.optim import Schedule, format_routing
 from muonrec.retrieval import rank_targets
 from muonrec.runlog import Clock, RunLog, configure_logging, run_stage
@@ -155,7 +155,7 @@ class TrainConfig(Config):
     init_from: Path | None = None
     seed: int = Field(default=0, ge=0)
     data: DataConfig
-    model: Annotated[SASRecConfig, BeforeValidator(name_only)] = SASRecConfig()
+    model: ModelConfig = SASRecConfig()
     loss: Annotated[LossConfig, BeforeValidator(name_only)] = LossConfig()
     tables: dict[str, TableConfig]
     comms: CommsConfig = CommsConfig()

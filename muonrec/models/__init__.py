@@ -1,8 +1,23 @@
 """Models: each is two attributes, `embeddings` and `tower`, and one line in MODELS."""
 
+from typing import TYPE_CHECKING, Annotated, Any, Union
+
+from pydantic import BeforeValidator, Field
+
+from muonrec.config import name_only
 from muonrec.models.encoder import ShardedEncoder
 from muonrec.models.sasrec import SASRec, SASRecConfig
 
-MODELS = {"sasrec": SASRec}
+MODELS: dict[str, Any] = {"sasrec": SASRec}
 
-__all__ = ["MODELS", "SASRec", "SASRecConfig", "ShardedEncoder"]
+if TYPE_CHECKING:
+    ModelConfig = Any
+else:
+    # The settings of any of MODELS, told apart by their name.
+    ModelConfig = Annotated[
+        Union[tuple(model.config_class for model in MODELS.values())],  # noqa: UP007
+        Field(discriminator="name"),
+        BeforeValidator(name_only),
+    ]
+
+__all__ = ["MODELS", "ModelConfig", "SASRec", "SASRecConfig", "ShardedEncoder"]

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
-import torch
-from torch import nn
-
-from muonrec.batch import CANDIDATES, HISTORY, TARGETS, SequenceBatch
 from muonrec.config import Config
-from muonrec.embeddings.tables import item_table
 from muonrec.losses import NextItemLoss
+from muonrec.models.sequential import SequentialModel
 from muonrec.towers.transformer import Norm, Positions, TransformerTower
 
 
@@ -32,17 +28,13 @@ class SASRecConfig(Config):
     scale_input: bool = True
 
 
-class SASRec(nn.Module):
-    """SASRec on packed events.
+class SASRec(SequentialModel):
+    """SASRec on packed events."""
 
-    Training: ``(loss, statistics)`` of a batch. Evaluation: the users' vectors ``[B, D]``, whose products with the rows
-    of the item table are the scores.
-    """
+    config_class = SASRecConfig
 
     def __init__(self, config: SASRecConfig, *, num_items: int, loss: NextItemLoss) -> None:
-        super().__init__()
-        self.embeddings = item_table(num_items, config.embedding_dim)
-        self.tower = TransformerTower(
+        tower = TransformerTower(
             embedding_dim=config.embedding_dim,
             num_layers=config.num_layers,
             num_heads=config.num_heads,
@@ -52,20 +44,6 @@ class SASRec(nn.Module):
             norm=config.norm,
             positions=config.positions,
         )
-        self.loss = loss
         # The paper scales the rows it reads by sqrt(D), and not those it scores against.
-        self.input_scale = config.embedding_dim**0.5 if config.scale_input else 1.0
-
-    def forward(self, batch: SequenceBatch) -> Any:
-        embedded = self.embeddings(batch.features)
-        history = embedded[HISTORY]
-        lengths_B = history.lengths()
-        hidden_TD = self.tower(history.values() * self.input_scale, lengths_B, batch.groups)
-        if not self.training:
-            return last_events(hidden_TD, lengths_B)
-        return self.loss(hidden_TD, embedded[TARGETS].values(), embedded[CANDIDATES].values(), batch)
-
-
-def last_events(x_TD: torch.Tensor, lengths_B: torch.Tensor) -> torch.Tensor:
-    """The row ``[B, D]`` of the latest event of each user that has one."""
-    return x_TD[(torch.cumsum(lengths_B, 0) - 1)[lengths_B > 0]]
+        scale = config.embedding_dim**0.5 if config.scale_input else 1.0
+        super().__init__(tower, num_items=num_items, embedding_dim=config.embedding_dim, loss=loss, input_scale=scale)
