@@ -12,11 +12,10 @@ import socket
 import subprocess
 import sys
 import time
-from multiprocessing import get_context
 from pathlib import Path
-from unittest import mock
 
 from muonrec import checkpoint
+from tests.distributed.ranks import forked_from_a_server
 
 ROOT = Path(__file__).resolve().parents[2]
 SEED = int(os.environ.get("CHAOS_SEED", "0"))
@@ -32,13 +31,11 @@ class Start:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        context = get_context("forkserver")
-        context.set_forkserver_preload(["pipeline.train", "tests.chaos.starts"])
-        self.processes = [
-            context.Process(target=_rank, args=(rank, num_ranks, port, str(config), str(folder)))
-            for rank in range(num_ranks)
-        ]
-        with mock.patch.dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT)):  # for the server, once
+        with forked_from_a_server() as server:
+            self.processes = [
+                server.Process(target=_rank, args=(rank, num_ranks, port, str(config), str(folder)))
+                for rank in range(num_ranks)
+            ]
             for process in self.processes:
                 process.start()
 

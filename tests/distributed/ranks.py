@@ -27,11 +27,13 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
-from multiprocessing import connection, get_context, parent_process
+from multiprocessing import connection, context, get_context, parent_process
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[2]
 START_TIMEOUT_S = 180.0  # importing torch on a busy machine with two cores
@@ -86,21 +88,32 @@ def close_pools() -> None:
 atexit.register(close_pools)
 
 
+@contextmanager
+def forked_from_a_server() -> Iterator[context.ForkServerContext]:
+    """Start processes within it: forked from one that has imported torch and the stages, which takes it five seconds.
+
+    Not forked from this one, which may hold threads of torch: a fork of those deadlocks now and then.
+    """
+    server = get_context("forkserver")
+    server.set_forkserver_preload(["pipeline.train"])
+    # The server starts here, once. Numerical libraries read the number of threads when they load.
+    threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+    with mock.patch.dict(os.environ, PYTHONPATH=str(ROOT), **threads):
+        yield server
+
+
 class _Pool:
-    """``num_ranks`` spawned processes, each with a pipe to this one."""
+    """``num_ranks`` forked processes, each with a pipe to this one."""
 
     def __init__(self, num_ranks: int) -> None:
-        # Spawned, not forked: the parent may hold threads of torch, and a fork of those deadlocks now and then.
-        context = get_context("spawn")
         self.folder = Path(tempfile.mkdtemp(prefix="ranks-"))
         self.connections: list[connection.Connection] = []
         self.processes = []
-        # Numerical libraries read this once, when they load, so it must stand in the environment of the child.
-        with _environment(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1"):
+        with forked_from_a_server() as server:
             for rank in range(num_ranks):
-                here, there = context.Pipe()
+                here, there = server.Pipe()
                 # Not daemonic: daemons may not have children, and a data loader on a rank has workers.
-                process = context.Process(
+                process = server.Process(
                     target=_serve, args=(there, rank, num_ranks, str(self.folder)), name=f"rank{rank}of{num_ranks}"
                 )
                 process.start()
@@ -180,24 +193,6 @@ class _Pool:
         for conn in self.connections:
             conn.close()
         shutil.rmtree(self.folder, ignore_errors=True)
-
-
-class _environment:
-    """Environment variables for the time of a ``with`` block."""
-
-    def __init__(self, **variables: str) -> None:
-        self.variables = variables
-
-    def __enter__(self) -> None:
-        self.before = {name: os.environ.get(name) for name in self.variables}
-        os.environ.update(self.variables)
-
-    def __exit__(self, *_: object) -> None:
-        for name, value in self.before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
 
 
 def _serve(conn: connection.Connection, rank: int, num_ranks: int, folder: str) -> None:
