@@ -42,8 +42,15 @@ def test_muonrec_imports_without_torch() -> None:
 
 
 def test_the_optimizers_need_torch_alone() -> None:
-    result = run_without(ALL_BUT_TORCH, "import muonrec.optim; print(muonrec.optim.Muon.__name__)")
-    assert (result.stdout.strip(), result.returncode) == ("Muon", 0), result.stderr
+    program = """
+import torch, torch.distributed.tensor
+by_torch = set(sys.modules)
+import muonrec.optim
+roots = {name.partition(".")[0] for name in set(sys.modules) - by_torch}
+print(muonrec.optim.Muon.__name__, sorted(roots - set(sys.stdlib_module_names)))
+"""
+    result = run_without(ALL_BUT_TORCH, program)
+    assert (result.stdout.strip(), result.returncode) == ("Muon ['muonrec']", 0), result.stderr
 
 
 def test_every_public_name_without_torchrec_says_how_to_install_it() -> None:

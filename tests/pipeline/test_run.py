@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -45,6 +46,7 @@ def clone(tmp_path, monkeypatch):
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "torchrun").write_text('#!/bin/bash\nwhile [ "$1" != -m ]; do shift; done\nexec python "$@"\n')
     (tmp_path / "bin" / "torchrun").chmod(0o755)
+    monkeypatch.setattr(driver, "Driver", partial(driver.Driver, sleep=lambda _: time.sleep(0.02)))
     monkeypatch.chdir(tmp_path)
     tools = (str(tmp_path / "bin"), str(Path(sys.executable).parent), os.environ["PATH"])
     monkeypatch.setenv("PATH", os.pathsep.join(tools))
