@@ -57,6 +57,12 @@ class Start:
                 process.join()
         return passed_s, codes
 
+    def kill(self):
+        """SIGKILL for every rank."""
+        for process in self.processes:
+            process.kill()
+            process.join()
+
     def log(self):
         return "\n".join(path.read_text() for path in sorted(self.folder.glob("*.log")))
 
@@ -84,6 +90,14 @@ class TorchrunStart(Start):
     def is_over(self):
         return self.process.poll() is not None
 
+    def kill(self):
+        """SIGKILL for torchrun; its ranks lead sessions of their own, and die with it since `join_ranks` says so."""
+        pids = self.pids()
+        self.process.kill()
+        self.process.wait(timeout=30)
+        while any(_runs(pid) for pid in pids):
+            time.sleep(0.005)
+
     def wait(self, timeout_s):
         began_s = time.monotonic()
         try:
@@ -92,6 +106,13 @@ class TorchrunStart(Start):
             self.process.kill()
             return timeout_s, [None]
         return time.monotonic() - began_s, [self.process.returncode]
+
+
+def _runs(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def run_to_the_end(num_ranks, config, folder):

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 import random
 import shutil
 import subprocess
@@ -28,6 +27,7 @@ from muonrec.runlog import Clock
 from pipeline import export
 from pipeline.data import DataConfig, build_dataset
 from pipeline.train import Run, TrainConfig, load_run, train
+from tests.chaos.starts import Start, TorchrunStart
 from tests.distributed.ranks import run_on_ranks
 from tests.embeddings.test_sharding import whole
 
@@ -79,43 +79,28 @@ def train_from(path, *overrides):
     train(load_config(TrainConfig, path, overrides), this_rank())
 
 
-def torchrun(path, *overrides):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    return subprocess.Popen(
-        [*command, "-m", "pipeline.train", str(path), *overrides],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-
-
-def kill(process):
-    """SIGKILL for torchrun; its ranks lead sessions of their own, and die with it since `join_ranks` says so."""
-    process.kill()
-    process.wait(timeout=30)
-
-
 @pytest.mark.timeout(240)
-def test_killed_at_a_random_step_and_started_again_the_losses_are_those_of_the_uninterrupted_run(dataset, tmp_path):
+@pytest.mark.parametrize("launch", [Start, pytest.param(TorchrunStart, marks=pytest.mark.slow)])
+def test_killed_at_a_random_step_and_started_again_the_losses_are_those_of_the_uninterrupted_run(
+    dataset,
+    tmp_path,
+    launch,
+):
     path = config_file(dataset, tmp_path)
     run_on_ranks(2, train_from, path, f"output={tmp_path / 'whole'}", timeout_s=120)
     expected = losses(tmp_path / "whole")
     assert [step for step, _ in expected] == list(range(1, 31))
 
-    process = torchrun(path)
+    start = launch(2, path, tmp_path / "start")
     kill_at = random.Random(time.time_ns()).randint(6, 28)
     metrics, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None:
+    while time.monotonic() < deadline and not start.is_over():
         if metrics.is_file() and len(losses_so_far(metrics)) >= kill_at:
             break
         time.sleep(0.005)
-    kill(process)
-    output = process.stdout.read()  # ends when the last rank has
+    start.kill()
     written = len(losses_so_far(metrics))
-    assert written >= kill_at, output
+    assert written >= kill_at, start.log()
 
     run_on_ranks(2, train_from, path, timeout_s=120)
     assert losses(tmp_path / "run") == expected, f"killed after step {written}"
