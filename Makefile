@@ -69,8 +69,10 @@ demo: $(STAMP)  ## data -> train with Muon and with AdamW on two ranks -> eval -
 	$(TORCHRUN) pipeline.eval out/demo/muon 'compare=[out/demo/adamw]'
 	@echo "report: $(CURDIR)/out/demo/muon/report.html"
 
+# Two workers, each with ranks of its own. In one process, in the order of the files: make test WORKERS=0
+WORKERS ?= 2
 test: $(STAMP)  ## the tests that need no GPU and little time
-	$(RUN) python -m pytest -m "not slow and not gpu and not slurm and not spark and not chaos"
+	$(RUN) OMP_NUM_THREADS=1 python -m pytest -n $(WORKERS) --dist worksteal -m "not slow and not gpu and not slurm and not spark and not chaos"
 
 test-slow: $(STAMP)  ## the long ones
 	$(RUN) python -m pytest -m "slow and not gpu and not slurm and not spark and not chaos" --timeout 900
