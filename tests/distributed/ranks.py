@@ -98,7 +98,9 @@ def forked_from_a_server() -> Iterator[context.ForkServerContext]:
     server.set_forkserver_preload(["pipeline.train"])
     # The server starts here, once. Numerical libraries read the number of threads when they load.
     threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
-    with mock.patch.dict(os.environ, PYTHONPATH=str(ROOT), **threads):
+    # fbgemm looks for CUDA on import; asking the driver itself would spoil it for every fork.
+    nvml = {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
+    with mock.patch.dict(os.environ, PYTHONPATH=str(ROOT), **threads, **nvml):
         yield server
 
 
