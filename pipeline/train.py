@@ -20,13 +20,14 @@ from muonrec.batch import SequenceBatch
 from muonrec.config import Config, describe, load_config, name_only, to_yaml
 from muonrec.data.candidates import Candidates, CandidateSampler
 from muonrec.data.loader import TrainingBatches, evaluation_batches, seen_items
+from muonrec.data.semantic_ids import SemanticIds, Tokenizer
 from muonrec.data.shards import Sequences, load_sequences
 from muonrec.embeddings.comms import CommsConfig
 from muonrec.embeddings.fused import check_tables
 from muonrec.embeddings.joined import AccumulatedStep, JoinedOptimizer, build_optimizer
 from muonrec.embeddings.sharding import DenseSharding, format_plan, shard_model
 from muonrec.embeddings.tables import TableConfig, initialize_tables, table_of
-from muonrec.losses import Loss, NextItemLoss
+from muonrec.losses import Loss
 from muonrec.mesh import Ranks, join_ranks
 from muonrec.metrics import ranking_metrics
 from muonrec.models import MODELS, ModelConfig, SASRecConfig, ShardedEncoder
@@ -34,6 +35,7 @@ from muonrec.optim import Schedule, format_routing
 from muonrec.retrieval import rank_targets
 from muonrec.runlog import Clock, RunLog, configure_logging, run_stage
 from muonrec.supervision import Supervision
+from pipeline.building import as_the_model_reads, build_model, make_tokenizer, semantic_ids_of
 from pipeline.data import DataConfig, check_same_data
 from pipeline.plan import parse_ranks, parse_rows, print_plan
 from pipeline.resuming import check_output, check_trained_on, choose_checkpoints, first_items
@@ -108,6 +110,7 @@ class LossConfig(Config):
             "full_softmax": "all",
             "in_batch_softmax": "in_batch",
             "bce": "per_target",
+            "token_softmax": "none",
         }
         return by_loss.get(self.name, self.negatives)
 
@@ -181,6 +184,15 @@ class TrainConfig(Config):
     def _one_length(self) -> TrainConfig:
         if (self.num_epochs is None) == (self.num_steps is None):
             raise ValueError(f"give num_epochs or num_steps, one of them; found {self.num_epochs} and {self.num_steps}")
+        return self
+
+    @model_validator(mode="after")
+    def _loss_of_the_model(self) -> TrainConfig:
+        taken = MODELS[self.model.name].losses
+        if self.loss.name not in taken:
+            raise ValueError(
+                f"model {self.model.name} learns by {' or '.join(taken)}, found loss {self.loss.name}; set loss.name"
+            )
         return self
 
     @model_validator(mode="after")
@@ -321,6 +333,7 @@ class Run:
     config: TrainConfig
     ranks: Ranks
     sequences: Sequences
+    tokenizer: Tokenizer | None
     loader: TrainingBatches
     model: DistributedModelParallel
     optimizer: JoinedOptimizer
@@ -334,10 +347,12 @@ class Run:
         check_output(config)
         sequences = load_sequences(config.data.output)
         check_same_data(config.data, sequences.manifest)
-        loader = make_loader(config, sequences, ranks)
+        ids = semantic_ids_of(config)
+        tokenizer = make_tokenizer(config, ids)
+        loader = make_loader(config, sequences, ranks, tokenizer)
         steps_per_epoch = -(-loader.steps_per_epoch // config.accumulate_steps)
         num_steps = config.num_steps or (config.num_epochs or 0) * steps_per_epoch
-        model, plan = make_model(config, sequences, ranks)
+        model, plan = make_model(config, sequences, ranks, ids)
         tables = check_tables(model, config.tables)
         optimizer = make_optimizer(config, model)
         routing, plan_text = format_routing(optimizer.routing), format_plan(plan)
@@ -360,7 +375,7 @@ class Run:
             for part, key in _SCHEDULED.items()
             if part in optimizer.parts
         }
-        return cls(config, ranks, sequences, loader, model, optimizer, num_steps, steps_per_epoch, schedules)
+        return cls(config, ranks, sequences, tokenizer, loader, model, optimizer, num_steps, steps_per_epoch, schedules)
 
     def resume(self, root: Path) -> tuple[int, Best]:
         """Load the newest checkpoint below ``root`` that can be used; without any, start from ``init_from``.
@@ -521,8 +536,10 @@ class Best:
         return bool(patience) and self.stale >= patience
 
 
-def make_loader(config: TrainConfig, sequences: Sequences, ranks: Ranks) -> TrainingBatches:
-    """The training batches ``config`` asks for."""
+def make_loader(
+    config: TrainConfig, sequences: Sequences, ranks: Ranks, tokenizer: Tokenizer | None = None
+) -> TrainingBatches:
+    """The training batches ``config`` asks for, as its model reads them."""
     sampler = CandidateSampler(
         config.loss.candidates,
         num_items=sequences.num_items,
@@ -535,18 +552,21 @@ def make_loader(config: TrainConfig, sequences: Sequences, ranks: Ranks) -> Trai
         batch_size=config.batch_size // config.accumulate_steps,
         max_length=config.model.max_length,
         sampler=sampler,
-        needs_targets=config.loss.name != "full_softmax",
+        needs_targets=config.loss.name not in ("full_softmax", "token_softmax"),
         seed=config.seed,
         ranks=ranks,
         num_streams=config.num_streams,
+        samples=MODELS[config.model.name].samples,
+        **({} if tokenizer is None else {"finish": tokenizer.for_training}),
     )
 
 
-def make_model(config: TrainConfig, sequences: Sequences, ranks: Ranks) -> tuple[DistributedModelParallel, Any]:
+def make_model(
+    config: TrainConfig, sequences: Sequences, ranks: Ranks, ids: SemanticIds | None = None
+) -> tuple[DistributedModelParallel, Any]:
     """The sharded model with its initial weights, which depend on the seed alone, and the sharding plan."""
     torch.manual_seed(config.seed)
-    loss = NextItemLoss(config.loss.name, temperature=config.loss.temperature)
-    model = MODELS[config.model.name](config.model, num_items=sequences.num_items, loss=loss)
+    model = build_model(config, num_items=sequences.num_items, ids=ids)
     if config.precision == "bf16":
         # The forward pass alone: autocast around the optimizer would change Newton-Schulz.
         model.forward = torch.autocast(ranks.device.type, torch.bfloat16)(model.forward)  # type: ignore[method-assign]

@@ -7,8 +7,9 @@ from pydantic import BeforeValidator, Field
 from muonrec.config import name_only
 from muonrec.models.encoder import ShardedEncoder
 from muonrec.models.sasrec import SASRec, SASRecConfig
+from muonrec.models.tiger import ShardedDecoder, Tiger, TigerConfig
 
-MODELS: dict[str, Any] = {"sasrec": SASRec}
+MODELS: dict[str, Any] = {"sasrec": SASRec, "tiger": Tiger}
 
 if TYPE_CHECKING:
     ModelConfig = Any
@@ -20,4 +21,4 @@ else:
         BeforeValidator(name_only),
     ]
 
-__all__ = ["MODELS", "ModelConfig", "SASRec", "SASRecConfig", "ShardedEncoder"]
+__all__ = ["MODELS", "ModelConfig", "SASRec", "SASRecConfig", "ShardedEncoder", "ShardedDecoder", "Tiger", "TigerConfig"]

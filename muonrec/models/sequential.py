@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from muonrec.batch import CANDIDATES, HISTORY, TARGETS, SequenceBatch
 from muonrec.embeddings.tables import item_table
-from muonrec.losses import NextItemLoss
+from muonrec.losses import NEXT_ITEM_LOSSES, NextItemLoss
 
 
 class SequentialModel(nn.Module):
@@ -26,6 +26,9 @@ class SequentialModel(nn.Module):
         loss: of the next items.
         input_scale: what the rows are multiplied by that are read, and those that are scored are not.
     """
+
+    losses = NEXT_ITEM_LOSSES
+    samples: Literal["users"] = "users"
 
     def __init__(
         self, tower: nn.Module, *, num_items: int, embedding_dim: int, loss: NextItemLoss, input_scale: float = 1.0
