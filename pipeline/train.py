@@ -30,12 +30,12 @@ from muonrec.embeddings.tables import TableConfig, initialize_tables, table_of
 from muonrec.losses import Loss
 from muonrec.mesh import Ranks, join_ranks
 from muonrec.metrics import ranking_metrics
-from muonrec.models import MODELS, ModelConfig, SASRecConfig, ShardedEncoder
+from muonrec.models import MODELS, ModelConfig, SASRecConfig, ShardedEncoder, TigerConfig
 from muonrec.optim import Schedule, format_routing
 from muonrec.retrieval import rank_targets
 from muonrec.runlog import Clock, RunLog, configure_logging, run_stage
 from muonrec.supervision import Supervision
-from pipeline.building import as_the_model_reads, build_model, make_tokenizer, semantic_ids_of
+from pipeline.building import build_model, make_tokenizer, semantic_ids_of
 from pipeline.data import DataConfig, check_same_data
 from pipeline.plan import parse_ranks, parse_rows, print_plan
 from pipeline.resuming import check_output, check_trained_on, choose_checkpoints, first_items
@@ -556,7 +556,7 @@ def make_loader(
         seed=config.seed,
         ranks=ranks,
         num_streams=config.num_streams,
-        samples=MODELS[config.model.name].samples,
+        samples=config.model.samples if isinstance(config.model, TigerConfig) else "users",
         **({} if tokenizer is None else {"finish": tokenizer.for_training}),
     )
 

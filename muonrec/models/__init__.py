@@ -21,4 +21,13 @@ else:
         BeforeValidator(name_only),
     ]
 
-__all__ = ["MODELS", "ModelConfig", "SASRec", "SASRecConfig", "ShardedEncoder", "ShardedDecoder", "Tiger", "TigerConfig"]
+__all__ = [
+    "MODELS",
+    "ModelConfig",
+    "SASRec",
+    "SASRecConfig",
+    "ShardedEncoder",
+    "ShardedDecoder",
+    "Tiger",
+    "TigerConfig",
+]

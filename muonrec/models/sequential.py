@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -28,7 +28,6 @@ class SequentialModel(nn.Module):
     """
 
     losses = NEXT_ITEM_LOSSES
-    samples: Literal["users"] = "users"
 
     def __init__(
         self, tower: nn.Module, *, num_items: int, embedding_dim: int, loss: NextItemLoss, input_scale: float = 1.0

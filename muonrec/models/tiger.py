@@ -13,7 +13,8 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from muonrec.batch import CANDIDATES, HISTORY, TARGETS, USER, SequenceBatch
 from muonrec.config import Config
-from muonrec.data.semantic_ids import SemanticIds, Tokenizer
+from muonrec.data.loader import Samples
+from muonrec.data.semantic_ids import SemanticIds
 from muonrec.embeddings.tables import token_tables
 from muonrec.losses import TokenLoss
 from muonrec.towers.encoder_decoder import DecoderState, EncoderDecoderTower
@@ -22,6 +23,8 @@ from muonrec.towers.encoder_decoder import DecoderState, EncoderDecoderTower
 class TigerConfig(Config):
     """Settings of TIGER; the defaults are the paper's, whose encoder and decoder have ``num_layers`` each.
 
+    ``samples``: the paper reads every prefix of a user's events anew, by an encoder that looks both ways; ``users`` reads
+    all of them once, by a causal encoder, and predicts each from those before it, at a fraction of the work.
     ``num_user_tokens``: users share so many. ``num_beams``: items of a generated list, unless the stage says.
     """
 
@@ -33,6 +36,7 @@ class TigerConfig(Config):
     feedforward_dim: int = 1024
     dropout: float = 0.1
     max_length: int = 20
+    samples: Samples = "prefixes"
     num_user_tokens: int = Field(default=2000, ge=1)
     num_beams: int = Field(default=50, ge=1)
 
@@ -51,7 +55,6 @@ class Tiger(nn.Module):
 
     config_class = TigerConfig
     losses = ("token_softmax",)
-    samples: Literal["prefixes"] = "prefixes"
 
     def __init__(self, config: TigerConfig, *, semantic_ids: SemanticIds, loss: TokenLoss) -> None:
         super().__init__()
@@ -67,6 +70,7 @@ class Tiger(nn.Module):
             feedforward_dim=config.feedforward_dim,
             dropout=config.dropout,
             max_length=config.max_length,
+            causal=config.samples == "users",
         )
         self.loss = loss
         # As SASRec does: rows start small, and the residual stream should not.

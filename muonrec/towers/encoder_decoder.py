@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -14,17 +15,25 @@ import torch.nn.functional as F
 from torch import nn
 
 from muonrec.towers.attention import Attention
-from muonrec.towers.packing import Groups, PackedLayout, pad
+from muonrec.towers.packing import Groups, PackedLayout, pad, unpad
 from muonrec.towers.transformer import TransformerBlock, feedforward
+
+
+class Queries(NamedTuple):
+    """Who attends to the tokens of a group of users: ``rows`` of what is decoded, laid out as `PackedLayout` says."""
+
+    rows: slice
+    pad_BK: torch.Tensor | None = None  # None: every user has its own beams, and all of them are there
+    unpad: torch.Tensor | None = None
 
 
 class Read(NamedTuple):
     """A group of users' tokens as a decoder block attends to them."""
 
-    users: slice
+    queries: Queries
     k_BNSH: torch.Tensor
     v_BNSH: torch.Tensor
-    inside_BS: torch.Tensor
+    visible: torch.Tensor  # bool, broadcastable to [B, N, K * Q, S]
 
 
 class BlockCache(NamedTuple):
@@ -63,7 +72,9 @@ class EncoderDecoderTower(nn.Module):
     """TIGER's transformer (Rajput et al. 2023): T5's shape (Raffel et al. 2020), pre-norm, on packed tokens.
 
     A user is its own token, followed by L tokens of each event. Every token knows by its row which level it is of, so
-    positions count events, the latest as 0.
+    positions count events. The encoder looks both ways, and one item is written after all of a user's events; or it is
+    ``causal``, and an item is written after each of them, which reads a user once for all of its targets (as the
+    decoder-only models do, where the paper reads every prefix anew).
 
     Args:
         embedding_dim: D.
@@ -74,6 +85,7 @@ class EncoderDecoderTower(nn.Module):
         feedforward_dim: width of the feed-forward layers.
         dropout: of the embedded tokens, of attention and of each residual branch.
         max_length: events of a history.
+        causal: see above; events are counted from the oldest then, and else from the latest, which is 0.
     """
 
     def __init__(
@@ -87,8 +99,10 @@ class EncoderDecoderTower(nn.Module):
         feedforward_dim: int,
         dropout: float,
         max_length: int,
+        causal: bool,
     ) -> None:
         super().__init__()
+        self.causal = causal
         self.codebook_sizes = tuple(codebook_sizes)
         self.position = nn.Embedding(max_length, embedding_dim)
         nn.init.normal_(self.position.weight, std=0.02)
@@ -96,7 +110,7 @@ class EncoderDecoderTower(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.encoder = nn.ModuleList(
             TransformerBlock(
-                embedding_dim, num_heads, feedforward_dim, dropout, "pre", causal=False, head_dim=head_dim
+                embedding_dim, num_heads, feedforward_dim, dropout, "pre", causal=causal, head_dim=head_dim
             )
             for _ in range(num_layers)
         )
@@ -119,18 +133,21 @@ class EncoderDecoderTower(nn.Module):
         targets_TD: torch.Tensor,
         groups: Groups,
     ) -> list[torch.Tensor]:
-        """Logits ``[B, C]`` of each level, given the codes of the levels before it.
+        """Logits ``[B, C]`` of each level, given the codes of the levels before it; ``[E, C]`` if causal.
 
         Args:
             users_BD: rows of the users' own tokens.
             events_TD: rows of their events' tokens, ``[E * L, D]``.
             lengths_B: int64, tokens of each user's events; longer than B where a share without users has one row.
-            targets_TD: rows of the tokens of each user's target, ``[B * L, D]``.
+            targets_TD: rows of the tokens of each user's target, ``[B * L, D]``; if causal, of what follows each event,
+                ``[E * L, D]``.
             groups: `SequenceBatch.groups`, in events.
         """
         memory = self._encode(users_BD, events_TD, lengths_B, groups)
+        if self.causal:
+            memory = memory.after_each_event(lengths_B[: len(users_BD)], groups, len(self.codebook_sizes))
         given_BQD = targets_TD.unflatten(0, (-1, len(self.codebook_sizes)))[:, :-1]
-        x_BQD = torch.cat([self.start.expand(len(users_BD), 1, -1), given_BQD], dim=1)
+        x_BQD = torch.cat([self.start.expand(len(given_BQD), 1, -1), given_BQD], dim=1)
         x_BKQD, _ = self._decode(x_BQD[:, None], memory, None)
         weights = self.head.weight.split(self.codebook_sizes)
         return [F.linear(x_BD, weight) for x_BD, weight in zip(x_BKQD[:, 0].unbind(1), weights, strict=True)]
@@ -166,13 +183,14 @@ class EncoderDecoderTower(nn.Module):
         is_user_T = layout.position_T == 0
         user_T = torch.cumsum(is_user_T, 0) - 1
         at_T = torch.where(is_user_T, user_T, num_users + torch.arange(len(user_T), device=user_T.device) - user_T - 1)
-        # A user's own token stands beyond its oldest event, and has no position.
-        position_TD = self.position(torch.where(is_user_T, 0, layout.from_end_T) // num_levels)
+        # A user's own token is no event, and has no position.
+        from_edge_T = layout.position_T - 1 if self.causal else layout.from_end_T
+        position_TD = self.position(torch.where(is_user_T, 0, from_edge_T) // num_levels)
         x_TD = F.embedding(at_T, rows) + position_TD.masked_fill(is_user_T[:, None], 0.0)
         x_TD = self.dropout(x_TD)
         for block in self.encoder:
             x_TD = block(x_TD, layout)
-        return _Memory(self.encoder_norm(x_TD), layout, [users for users, _, _ in groups])
+        return _Memory.of(self.encoder_norm(x_TD), layout, groups)
 
     def _decode(
         self, x_BKQD: torch.Tensor, memory: _Memory | None, caches: list[BlockCache] | None
@@ -190,11 +208,30 @@ class EncoderDecoderTower(nn.Module):
 
 
 class _Memory(NamedTuple):
-    """What the encoder made of the users: their tokens, packed, and how many users each group has."""
+    """What the encoder made of the users' tokens, packed; and for each group who attends to them, and to which."""
 
     x_TD: torch.Tensor
     layout: PackedLayout
-    group_sizes: list[int]
+    queries: list[Queries]
+    visible: list[torch.Tensor]
+
+    @classmethod
+    def of(cls, x_TD: torch.Tensor, layout: PackedLayout, groups: Groups) -> _Memory:
+        """One that each user attends to all of its tokens of; ``groups`` in tokens."""
+        ends = list(itertools.accumulate(users for users, _, _ in groups))
+        queries = [Queries(slice(end - users, end)) for end, (users, _, _) in zip(ends, groups, strict=True)]
+        return cls(x_TD, layout, queries, [inside_BS[:, None, None] for inside_BS in layout.inside])
+
+    def after_each_event(self, lengths_B: torch.Tensor, groups: Groups, num_levels: int) -> _Memory:
+        """The same, attended to after each event by L codes, which see the tokens up to it; ``groups`` in events."""
+        events = PackedLayout.of(lengths_B // num_levels, groups)
+        queries = [Queries(*group) for group in events.groups]
+        visible = []
+        for (_, pad_BS, _), (_, _, longest) in zip(self.layout.groups, groups, strict=True):
+            # Padding stands to the right of what an event may see.
+            ends_Q = torch.arange(1, longest + 1, device=pad_BS.device).repeat_interleave(num_levels) * num_levels
+            visible.append(torch.arange(pad_BS.size(1), device=pad_BS.device) <= ends_Q[:, None])
+        return self._replace(queries=queries, visible=visible)
 
 
 class DecoderBlock(nn.Module):
@@ -243,20 +280,23 @@ class DecoderBlock(nn.Module):
         k_TD, v_TD = attention.key(memory.x_TD), attention.value(memory.x_TD)
         if not layout.groups:  # no users: both projections still take part, since DDP waits for their gradients
             k_BNSH, v_BNSH = (attention.heads(part_TD[None][:0]) for part_TD in (k_TD, v_TD))
-            return [Read(slice(0, 0), k_BNSH, v_BNSH, k_BNSH.new_ones(0, 0, dtype=torch.bool))]
-        reads, first = [], 0
-        for (tokens, pad_BS, _), inside_BS, size in zip(layout.groups, layout.inside, memory.group_sizes, strict=True):
-            k_BNSH, v_BNSH = (attention.heads(pad(part_TD[tokens], pad_BS)) for part_TD in (k_TD, v_TD))
-            reads.append(Read(slice(first, first + size), k_BNSH, v_BNSH, inside_BS))
-            first += size
-        return reads
+            return [Read(Queries(slice(0, 0)), k_BNSH, v_BNSH, torch.ones(0, 0, dtype=torch.bool, device=k_TD.device))]
+        return [
+            Read(queries, *(attention.heads(pad(part_TD[tokens], pad_BS)) for part_TD in (k_TD, v_TD)), visible)
+            for (tokens, pad_BS, _), queries, visible in zip(layout.groups, memory.queries, memory.visible, strict=True)
+        ]
 
     def _attend_to_user(self, x_BKQD: torch.Tensor, reads: list[Read]) -> torch.Tensor:
         attention = self.cross_attention
-        # To the user's tokens all of its beams are so many queries.
-        q_BNQH = attention.heads(attention.query(x_BKQD).flatten(1, 2))
-        attended = [
-            attention.attend(q_BNQH[users], k_BNSH, v_BNSH, visible=inside_BS[:, None, None])
-            for users, k_BNSH, v_BNSH, inside_BS in reads
-        ]
+        q_BQD = attention.query(x_BKQD).flatten(1, 2)
+        attended = []
+        for (rows, pad_BK, unpad_T), k_BNSH, v_BNSH, visible in reads:
+            # To the user's tokens all of its beams, or all its events, are so many queries.
+            mine_BQD = q_BQD[rows]
+            if pad_BK is not None:
+                mine_BQD = pad(mine_BQD.flatten(1), pad_BK).view(len(pad_BK), -1, q_BQD.size(2))
+            attended_BQD = attention.attend(attention.heads(mine_BQD), k_BNSH, v_BNSH, visible=visible)
+            if pad_BK is not None and unpad_T is not None:
+                attended_BQD = unpad(attended_BQD.unflatten(1, (pad_BK.size(1), -1)).flatten(2), unpad_T)
+            attended.append(attended_BQD.view(-1, *q_BQD.shape[1:]))
         return attention.output(torch.cat(attended)).view_as(x_BKQD)

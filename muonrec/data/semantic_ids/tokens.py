@@ -30,7 +30,7 @@ class Tokenizer:
         self.num_tokens = int(sizes.sum())
 
     def for_training(self, batch: SequenceBatch) -> SequenceBatch:
-        """``batch``, of one target per user, with the tokens of histories and targets; ``labels`` stay items.
+        """``batch`` with the tokens of histories and targets; ``labels``, one a user or one an event, stay items.
 
         Raises:
             ValueError: an item without codes.
@@ -63,7 +63,10 @@ class Tokenizer:
         num_levels, num_users = self._tokens_IL.size(1), len(user_ids)
         lengths = torch.zeros(4, stride, dtype=torch.int64)  # at least one row, also without users
         lengths[0] = history.lengths() * num_levels
-        lengths[1, :num_users] = num_levels if targets.numel() else 0
+        if targets.numel() == lengths[0].sum():
+            lengths[1] = lengths[0]  # one for each event
+        elif targets.numel():
+            lengths[1, :num_users] = num_levels
         lengths[3, :num_users] = 1
         values = [self._tokens(history.values(), HISTORY), targets, user_ids % self._num_user_tokens]
         if candidates is not None:
