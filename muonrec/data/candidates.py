@@ -20,8 +20,8 @@ class CandidateSampler:
     per virtual stream (a function of ``seed``, ``step`` and the stream), so neither depends on the number of ranks.
 
     Args:
-        kind: ``none``; ``all`` items; ``in_batch``: the other targets of the rank's share; ``uniform`` or ``popularity``
-            (training counts to the power of 0.75, Mikolov et al. 2013) or ``mixed`` (each uniform or by training
+        kind: ``none``; ``all`` items; ``in_batch``: the other targets of the rank's share; ``uniform`` or
+            ``popularity`` (training counts to the power of 0.75, Mikolov et al. 2013) or ``mixed`` (each uniform or by training
             counts at even odds, as in-batch and uniform negatives together are; Yang et al. 2020): ``count`` shared
             negatives, drawn with replacement; ``per_target``: ``count`` uniform negatives for each target.
         num_items: rows of the item table.

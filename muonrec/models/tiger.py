@@ -23,8 +23,8 @@ from muonrec.towers.encoder_decoder import DecoderState, EncoderDecoderTower
 class TigerConfig(Config):
     """Settings of TIGER; the defaults are the paper's, whose encoder and decoder have ``num_layers`` each.
 
-    ``samples``: the paper reads every prefix of a user's events anew, by an encoder that looks both ways; ``users`` reads
-    all of them once, by a causal encoder, and predicts each from those before it, at a fraction of the work.
+    ``samples``: the paper reads every prefix of a user's events anew, by an encoder that looks both ways; ``users``
+    reads all of them once, by a causal encoder, and predicts each from those before it, at a fraction of the work.
     ``num_user_tokens``: users share so many. ``num_beams``: items of a generated list, unless the stage says.
     """
 
