@@ -26,12 +26,12 @@ from muonrec.embeddings.fused import check_tables
 from muonrec.embeddings.joined import AccumulatedStep, JoinedOptimizer, build_optimizer
 from muonrec.embeddings.sharding import DenseSharding, format_plan, shard_model
 from muonrec.embeddings.tables import TableConfig, initialize_tables, table_of
+from muonrec.generation import rank_held_out
 from muonrec.losses import Loss, NextItemLoss
 from muonrec.mesh import Ranks, join_ranks
 from muonrec.metrics import ranking_metrics
-from muonrec.models import MODELS, ModelConfig, SASRecConfig, ShardedEncoder
+from muonrec.models import MODELS, ModelConfig, SASRecConfig, scorer_of
 from muonrec.optim import Schedule, format_routing
-from muonrec.retrieval import rank_targets
 from muonrec.runlog import Clock, RunLog, configure_logging, run_stage
 from muonrec.supervision import Supervision
 from pipeline.data import DataConfig, check_same_data
@@ -497,9 +497,9 @@ class Run:
             ranks=self.ranks,
             max_users=settings.max_users,
         )
-        encoder = ShardedEncoder(self.model, num_items=self.sequences.num_items, device=self.ranks.device)
+        scorer = scorer_of(self.model, num_items=self.sequences.num_items, device=self.ranks.device)
         seen = (lambda user_ids: seen_items(self.sequences, user_ids, "valid")) if settings.mask_seen else None
-        ranked = rank_targets(encoder, batches, ranks=self.ranks, mask_seen=seen)
+        ranked = rank_held_out(scorer, batches, ranks=self.ranks, mask_seen=seen)
         return {f"valid_{name}": value for name, value in ranking_metrics(ranked, k=(10,)).items()}
 
 
@@ -576,8 +576,8 @@ def make_optimizer(config: TrainConfig, model: DistributedModelParallel) -> Join
     )
 
 
-def load_run(folder: str | Path, which: str, ranks: Ranks) -> tuple[ShardedEncoder, TrainConfig, Sequences, int]:
-    """A trained run's encoder, config, data set and step; every rank must call it.
+def load_run(folder: str | Path, which: str, ranks: Ranks) -> tuple[Any, TrainConfig, Sequences, int]:
+    """A trained run's scorer (`scorer_of`), config, data set and step; every rank must call it.
 
     Args:
         folder: a run's output.
@@ -606,8 +606,8 @@ def load_run(folder: str | Path, which: str, ranks: Ranks) -> tuple[ShardedEncod
 
     used = checkpoint.use_first(folders, load)
     assert used is not None
-    encoder = ShardedEncoder(model, num_items=sequences.num_items, device=ranks.device)
-    return encoder, config, sequences, used.result
+    scorer = scorer_of(model, num_items=sequences.num_items, device=ranks.device)
+    return scorer, config, sequences, used.result
 
 
 def for_evaluation(config: TrainConfig, ranks: Ranks) -> TrainConfig:

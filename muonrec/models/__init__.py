@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Union
 from pydantic import BeforeValidator, Field
 
 from muonrec.config import name_only
-from muonrec.models.encoder import ShardedEncoder
+from muonrec.models.encoder import ShardedEncoder, scorer_of
 from muonrec.models.sasrec import SASRec, SASRecConfig
 
 MODELS: dict[str, Any] = {"sasrec": SASRec}
@@ -20,4 +20,4 @@ else:
         BeforeValidator(name_only),
     ]
 
-__all__ = ["MODELS", "ModelConfig", "SASRec", "SASRecConfig", "ShardedEncoder"]
+__all__ = ["MODELS", "ModelConfig", "SASRec", "SASRecConfig", "ShardedEncoder", "scorer_of"]
