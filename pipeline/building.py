@@ -12,7 +12,7 @@ from muonrec.data.loader import Part
 from muonrec.data.semantic_ids import SemanticIds, Tokenizer, load_semantic_ids
 from muonrec.data.shards import Sequences
 from muonrec.losses import NextItemLoss, TokenLoss
-from muonrec.models import MODELS, TigerConfig
+from muonrec.models import MODELS, ShardedDecoder, TigerConfig
 
 if TYPE_CHECKING:
     from pipeline.train import TrainConfig
@@ -45,20 +45,18 @@ def build_model(config: TrainConfig, *, num_items: int, ids: SemanticIds | None)
     return build(config.model, num_items=num_items, loss=loss)
 
 
-def make_tokenizer(config: TrainConfig, ids: SemanticIds | None) -> Tokenizer | None:
-    """What writes batches in tokens; None for a model that reads items."""
-    if ids is None:
-        return None
+def make_tokenizer(config: TrainConfig, ids: SemanticIds) -> Tokenizer:
+    """What writes training batches in the codes of ``ids``."""
     assert isinstance(config.model, TigerConfig)
     return Tokenizer(ids, num_user_tokens=config.model.num_user_tokens)
 
 
-def as_the_model_reads(
-    batches: Iterable[SequenceBatch], sequences: Sequences, part: Part, tokenizer: Tokenizer | None
+def as_read_by(
+    scorer: object, batches: Iterable[SequenceBatch], sequences: Sequences, part: Part
 ) -> Iterator[SequenceBatch]:
-    """Evaluation batches of ``part``, in tokens where there is a tokenizer."""
+    """Evaluation batches of ``part``, in codes for a scorer that reads those."""
     for batch in batches:
-        if tokenizer is not None:
+        if isinstance(scorer, ShardedDecoder):
             users, _ = sequences.locate(batch.user_ids.numpy(), part)
-            batch = tokenizer.for_decoding(batch, sequences.user_ids[users])
+            batch = scorer.tokenizer.for_decoding(batch, sequences.user_ids[users])
         yield batch

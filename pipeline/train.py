@@ -20,25 +20,25 @@ from muonrec.batch import SequenceBatch
 from muonrec.config import Config, describe, load_config, name_only, to_yaml
 from muonrec.data.candidates import Candidates, CandidateSampler
 from muonrec.data.loader import TrainingBatches, evaluation_batches, seen_items
-from muonrec.data.semantic_ids import SemanticIds, Tokenizer
+from muonrec.data.semantic_ids import SemanticIds
 from muonrec.data.shards import Sequences, load_sequences
 from muonrec.embeddings.comms import CommsConfig
 from muonrec.embeddings.fused import check_tables
 from muonrec.embeddings.joined import AccumulatedStep, JoinedOptimizer, build_optimizer
 from muonrec.embeddings.sharding import DenseSharding, format_plan, shard_model
 from muonrec.embeddings.tables import TableConfig, initialize_tables, table_of
+from muonrec.generation import rank_held_out
 from muonrec.losses import Loss
 from muonrec.mesh import Ranks, join_ranks
 from muonrec.metrics import ranking_metrics
-from muonrec.models import MODELS, ModelConfig, SASRecConfig, ShardedEncoder, TigerConfig
+from muonrec.models import MODELS, ModelConfig, SASRecConfig, TigerConfig, scorer_of
 from muonrec.optim import Schedule, format_routing
-from muonrec.retrieval import rank_targets
 from muonrec.runlog import Clock, RunLog, configure_logging, run_stage
 from muonrec.supervision import Supervision
-from pipeline.building import build_model, make_tokenizer, semantic_ids_of
+from pipeline.building import as_read_by, build_model, make_tokenizer, semantic_ids_of
 from pipeline.data import DataConfig, check_same_data
 from pipeline.plan import parse_ranks, parse_rows, print_plan
-from pipeline.resuming import check_output, check_trained_on, choose_checkpoints, first_items
+from pipeline.resuming import check_output, check_same_codes, check_trained_on, choose_checkpoints, first_items
 
 logger = logging.getLogger(__name__)
 
@@ -333,7 +333,7 @@ class Run:
     config: TrainConfig
     ranks: Ranks
     sequences: Sequences
-    tokenizer: Tokenizer | None
+    ids: SemanticIds | None
     loader: TrainingBatches
     model: DistributedModelParallel
     optimizer: JoinedOptimizer
@@ -348,8 +348,7 @@ class Run:
         sequences = load_sequences(config.data.output)
         check_same_data(config.data, sequences.manifest)
         ids = semantic_ids_of(config)
-        tokenizer = make_tokenizer(config, ids)
-        loader = make_loader(config, sequences, ranks, tokenizer)
+        loader = make_loader(config, sequences, ranks, ids)
         steps_per_epoch = -(-loader.steps_per_epoch // config.accumulate_steps)
         num_steps = config.num_steps or (config.num_epochs or 0) * steps_per_epoch
         model, plan = make_model(config, sequences, ranks, ids)
@@ -375,7 +374,7 @@ class Run:
             for part, key in _SCHEDULED.items()
             if part in optimizer.parts
         }
-        return cls(config, ranks, sequences, tokenizer, loader, model, optimizer, num_steps, steps_per_epoch, schedules)
+        return cls(config, ranks, sequences, ids, loader, model, optimizer, num_steps, steps_per_epoch, schedules)
 
     def resume(self, root: Path) -> tuple[int, Best]:
         """Load the newest checkpoint below ``root`` that can be used; without any, start from ``init_from``.
@@ -400,7 +399,9 @@ class Run:
 
     def load_own(self, folder: Path) -> dict[str, Any]:
         """Load everything from a checkpoint of this run; its progress."""
-        check_trained_on(folder, checkpoint.read_progress(folder)["data"], self.sequences.manifest, self.config)
+        progress = checkpoint.read_progress(folder)
+        check_trained_on(folder, progress["data"], self.sequences.manifest, self.config)
+        check_same_codes(folder, progress, self.ids)
         return checkpoint.load(folder, self.model, self.optimizer)
 
     def initialize_from(self, source: Path) -> None:
@@ -439,7 +440,9 @@ class Run:
 
     def load_weights(self, folder: Path) -> dict[str, Any]:
         """Load weights and the tables' state from a checkpoint of another run; its progress."""
-        grows = self.growing_tables(folder, checkpoint.read_progress(folder)["data"])
+        progress = checkpoint.read_progress(folder)
+        grows = self.growing_tables(folder, progress["data"])
+        check_same_codes(folder, progress, self.ids)
         return checkpoint.load(folder, self.model, self.optimizer.parts["tables"], grows=grows)
 
     def growing_tables(self, source: Path, fingerprint: str) -> list[str]:
@@ -497,6 +500,7 @@ class Run:
             "seed": self.config.seed,
             "best": dataclasses.asdict(best),
             "data": self.sequences.manifest.fingerprint,
+            **({} if self.ids is None else {"semantic_ids": self.ids.fingerprint}),
         }
         files = {"resolved.yaml": to_yaml(self.config)}
         writer.save(step, self.model, self.optimizer, best=best.step, progress=progress, files=files)
@@ -512,9 +516,10 @@ class Run:
             ranks=self.ranks,
             max_users=settings.max_users,
         )
-        encoder = ShardedEncoder(self.model, num_items=self.sequences.num_items, device=self.ranks.device)
+        scorer = scorer_of(self.model, num_items=self.sequences.num_items, device=self.ranks.device)
         seen = (lambda user_ids: seen_items(self.sequences, user_ids, "valid")) if settings.mask_seen else None
-        ranked = rank_targets(encoder, batches, ranks=self.ranks, mask_seen=seen)
+        batches = as_read_by(scorer, batches, self.sequences, "valid")
+        ranked = rank_held_out(scorer, batches, ranks=self.ranks, mask_seen=seen)
         return {f"valid_{name}": value for name, value in ranking_metrics(ranked, k=(10,)).items()}
 
 
@@ -537,9 +542,9 @@ class Best:
 
 
 def make_loader(
-    config: TrainConfig, sequences: Sequences, ranks: Ranks, tokenizer: Tokenizer | None = None
+    config: TrainConfig, sequences: Sequences, ranks: Ranks, ids: SemanticIds | None = None
 ) -> TrainingBatches:
-    """The training batches ``config`` asks for, as its model reads them."""
+    """The training batches ``config`` asks for, in codes for a model that reads those."""
     sampler = CandidateSampler(
         config.loss.candidates,
         num_items=sequences.num_items,
@@ -557,7 +562,7 @@ def make_loader(
         ranks=ranks,
         num_streams=config.num_streams,
         samples=config.model.samples if isinstance(config.model, TigerConfig) else "users",
-        **({} if tokenizer is None else {"finish": tokenizer.for_training}),
+        finish=None if ids is None else make_tokenizer(config, ids).for_training,
     )
 
 
@@ -596,8 +601,8 @@ def make_optimizer(config: TrainConfig, model: DistributedModelParallel) -> Join
     )
 
 
-def load_run(folder: str | Path, which: str, ranks: Ranks) -> tuple[ShardedEncoder, TrainConfig, Sequences, int]:
-    """A trained run's encoder, config, data set and step; every rank must call it.
+def load_run(folder: str | Path, which: str, ranks: Ranks) -> tuple[Any, TrainConfig, Sequences, int]:
+    """A trained run's scorer (`scorer_of`), config, data set and step; every rank must call it.
 
     Args:
         folder: a run's output.
@@ -616,18 +621,20 @@ def load_run(folder: str | Path, which: str, ranks: Ranks) -> tuple[ShardedEncod
     config = load_config(TrainConfig, resolved)
     folders = choose_checkpoints(folder, which)
     sequences = load_sequences(config.data.output)
-    model, _ = make_model(for_evaluation(config, ranks), sequences, ranks)
+    ids = semantic_ids_of(config)
+    model, _ = make_model(for_evaluation(config, ranks), sequences, ranks, ids)
 
     def load(folder: Path) -> int:
         progress = checkpoint.read_progress(folder)
         check_trained_on(folder, progress["data"], sequences.manifest, config)
+        check_same_codes(folder, progress, ids)
         checkpoint.load(folder, model)
         return progress["step"]
 
     used = checkpoint.use_first(folders, load)
     assert used is not None
-    encoder = ShardedEncoder(model, num_items=sequences.num_items, device=ranks.device)
-    return encoder, config, sequences, used.result
+    scorer = scorer_of(model, num_items=sequences.num_items, device=ranks.device)
+    return scorer, config, sequences, used.result
 
 
 def for_evaluation(config: TrainConfig, ranks: Ranks) -> TrainConfig:

@@ -60,7 +60,7 @@ class TrainingBatches:
         ranks: Ranks,
         num_streams: int = 32,
         samples: Samples = "users",
-        finish: Callable[[SequenceBatch], SequenceBatch] = lambda batch: batch,
+        finish: Callable[[SequenceBatch], SequenceBatch] | None = None,
     ) -> None:
         if batch_size % num_streams:
             raise ValueError(
@@ -129,7 +129,7 @@ class TrainingBatches:
             step=step,
             num_targets=num_targets[by_length],
         )
-        return self._finish(batch)
+        return batch if self._finish is None else self._finish(batch)
 
     def _candidates(self, step: int, streams: np.ndarray, counts: np.ndarray, by_length: np.ndarray) -> np.ndarray:
         if self._sampler.kind != "per_target":

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Union
 from pydantic import BeforeValidator, Field
 
 from muonrec.config import name_only
-from muonrec.models.encoder import ShardedEncoder
+from muonrec.models.encoder import ShardedEncoder, scorer_of
 from muonrec.models.sasrec import SASRec, SASRecConfig
 from muonrec.models.tiger import ShardedDecoder, Tiger, TigerConfig
 
@@ -30,4 +30,5 @@ __all__ = [
     "ShardedDecoder",
     "Tiger",
     "TigerConfig",
+    "scorer_of",
 ]

@@ -105,7 +105,9 @@ class ShardedDecoder:
         self.model = model
         self.device = device
         self.semantic_ids: SemanticIds = model.module.semantic_ids
-        self.num_beams: int = model.module.config.num_beams
+        config: TigerConfig = model.module.config
+        self.num_beams = config.num_beams
+        self.tokenizer = Tokenizer(self.semantic_ids, num_user_tokens=config.num_user_tokens)
 
     @torch.no_grad()
     def begin(self, batch: SequenceBatch) -> DecoderState:

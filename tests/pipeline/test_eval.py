@@ -211,7 +211,7 @@ def test_lengths_come_in_order_and_once(tmp_path):
     ],
 )
 def test_eval_refuses_before_the_work(run, monkeypatch, override, message):
-    monkeypatch.setattr(stage, "rank_targets", lambda *_, **__: pytest.fail("it began to work"))
+    monkeypatch.setattr(stage, "rank_held_out", lambda *_, **__: pytest.fail("it began to work"))
     with pytest.raises(ValueError, match=re.escape(message)):
         evaluate(run, override.format(folder=run))
     assert sorted(path.name for path in run.iterdir()) == ["resolved.yaml"]
