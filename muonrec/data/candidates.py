@@ -21,9 +21,9 @@ class CandidateSampler:
 
     Args:
         kind: ``none``; ``all`` items; ``in_batch``: the other targets of the rank's share; ``uniform`` or
-            ``popularity`` (training counts to the power of 0.75, Mikolov et al. 2013) or ``mixed`` (each uniform or by training
-            counts at even odds, as in-batch and uniform negatives together are; Yang et al. 2020): ``count`` shared
-            negatives, drawn with replacement; ``per_target``: ``count`` uniform negatives for each target.
+            ``popularity`` (training counts to the power of 0.75, Mikolov et al. 2013) or ``mixed`` (each uniform or by
+            training counts at even odds, as in-batch and uniform negatives together are; Yang et al. 2020): ``count``
+            shared negatives, drawn with replacement; ``per_target``: ``count`` uniform negatives for each target.
         num_items: rows of the item table.
         count: negatives, ignored for ``none``, ``all`` and ``in_batch``.
         item_counts: int64 ``[num_items]``, occurrences in the training events; for ``popularity`` and ``in_batch``.

@@ -14,7 +14,7 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from muonrec.batch import CANDIDATES, HISTORY, TARGETS, USER, SequenceBatch
 from muonrec.config import Config
 from muonrec.data.loader import Samples
-from muonrec.data.semantic_ids import SemanticIds
+from muonrec.data.semantic_ids import SemanticIds, Tokenizer
 from muonrec.embeddings.tables import token_tables
 from muonrec.losses import TokenLoss
 from muonrec.towers.encoder_decoder import DecoderState, EncoderDecoderTower
