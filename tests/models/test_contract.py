@@ -121,10 +121,10 @@ def on_one_rank(path):
 
 
 def on_two_ranks(path):
-    """Runs with both optimizers, one cut in half and begun again, one repeated; and an evaluation."""
+    """Runs with both optimizers and dense shardings, one cut in half and begun again, one repeated; an evaluation."""
     config = load_config(TrainConfig, path)
     empty = [make_loader(config, Run.start(config, this_rank()).sequences, this_rank()).share(1).user_ids.numel()]
-    found = {"adamw": trained(path)}
+    found = {"adamw": trained(path, "dense_sharding=fsdp2")}
     muon = ("dense_optimizer=muon", "model.dropout=0.3")
     whole = config.output.with_name("muon")
     found["muon"] = trained(path, *muon, f"output={whole}")
