@@ -150,6 +150,8 @@ class TrainConfig(Config):
         accumulate_steps: micro-batches that a global batch is computed in. The dense gradients are those of the whole
             batch. FBGEMM updates its tables in the backward pass, hence at every micro-batch, by that one's part of the
             batch's gradient; with row-wise Adagrad that is not the update of the sum.
+        routing: ``[pattern, optimizer]`` in order, for parameters whose role should not decide; ``muon_whole`` is Muon
+            on a fused matrix (a GRU's gates, q, k and v) as it stands, and not in the blocks that its role knows.
         precision: ``bf16`` runs the forward pass under `torch.autocast`; weights, optimizers and tables stay float32.
             There is no fp16: it needs a GradScaler, and the fused tables would take the scaled gradients.
     """
@@ -164,7 +166,7 @@ class TrainConfig(Config):
     comms: CommsConfig = CommsConfig()
     dense_optimizer: DenseOptimizerConfig = MuonConfig()
     adamw: AdamWConfig = AdamWConfig()
-    routing: list[tuple[str, Literal["muon", "adamw"]]] = []
+    routing: list[tuple[str, Literal["muon", "muon_whole", "adamw"]]] = []
     schedule: Annotated[ScheduleConfig, BeforeValidator(name_only)] = ScheduleConfig()
     schedules: dict[Literal["tables", "dense", "adamw"], ScheduleConfig] = {}
     max_grad_norm: float | None = Field(default=None, gt=0)

@@ -5,11 +5,18 @@ from typing import TYPE_CHECKING, Annotated, Any, Union
 from pydantic import BeforeValidator, Field
 
 from muonrec.config import name_only
+from muonrec.models.caser import Caser, CaserConfig
 from muonrec.models.encoder import ShardedEncoder, scorer_of
+from muonrec.models.gru4rec import GRU4Rec, GRU4RecConfig
 from muonrec.models.sasrec import SASRec, SASRecConfig
 from muonrec.models.tiger import ShardedDecoder, Tiger, TigerConfig
 
-MODELS: dict[str, Any] = {"sasrec": SASRec, "tiger": Tiger}
+MODELS: dict[str, Any] = {
+    "sasrec": SASRec,
+    "gru4rec": GRU4Rec,
+    "caser": Caser,
+    "tiger": Tiger,
+}
 
 if TYPE_CHECKING:
     ModelConfig = Any
@@ -23,11 +30,15 @@ else:
 
 __all__ = [
     "MODELS",
+    "Caser",
+    "CaserConfig",
+    "GRU4Rec",
+    "GRU4RecConfig",
     "ModelConfig",
     "SASRec",
     "SASRecConfig",
-    "ShardedEncoder",
     "ShardedDecoder",
+    "ShardedEncoder",
     "Tiger",
     "TigerConfig",
     "scorer_of",
