@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ import torch.distributed as dist
 from muonrec.generation import rank_generated, rank_held_out
 from muonrec.mesh import Ranks
 from muonrec.metrics import metrics_per_user
+from muonrec.models import ShardedEncoder, scorer_of
 from muonrec.retrieval import RankedTargets, rank_targets
 from tests.distributed.ranks import run_on_ranks
 from tests.generation.decoders import AttentiveDecoder, TableDecoder, plain_beam_search, random_ids
@@ -134,3 +137,9 @@ def test_what_a_model_offers_decides_how_it_is_ranked():
     assert_same(scored, rank_targets(made_up_encoder(), batches_of(ALONE), ranks=ALONE))
     with pytest.raises(ValueError, match="num_beams=5 was asked, but the model generates nothing"):
         rank_held_out(made_up_encoder(), batches_of(ALONE), ranks=ALONE, num_beams=5)
+
+
+def test_a_model_that_brings_its_own_scorer_is_ranked_by_it():
+    generates = SimpleNamespace(module=SimpleNamespace(scorer=lambda sharded, device: (sharded, device)))
+    assert scorer_of(generates, num_items=3, device=ALONE.device) == (generates, ALONE.device)
+    assert isinstance(scorer_of(SimpleNamespace(module=None), num_items=3, device=ALONE.device), ShardedEncoder)
