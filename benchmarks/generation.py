@@ -78,9 +78,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, list[float]]:
     return users_per_s
 
 
-def random_ids(num_items: int, sizes: tuple[int, ...]) -> SemanticIds:
+def random_ids(num_items: int, sizes: tuple[int, ...], *, seed: int = 0) -> SemanticIds:
     """Different items of different codes, evenly drawn."""
-    drawn = np.random.default_rng(0).choice(np.prod(sizes), num_items, replace=False)
+    drawn = np.random.default_rng(seed).choice(np.prod(sizes), num_items, replace=False)
     return SemanticIds(np.stack(np.unravel_index(drawn, sizes), axis=1).astype(np.int64), sizes)
 
 

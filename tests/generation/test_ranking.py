@@ -9,13 +9,14 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from benchmarks.generation import random_ids
 from muonrec.generation import rank_generated, rank_held_out
 from muonrec.mesh import Ranks
 from muonrec.metrics import metrics_per_user
 from muonrec.models import ShardedEncoder, scorer_of
 from muonrec.retrieval import RankedTargets, rank_targets
 from tests.distributed.ranks import run_on_ranks
-from tests.generation.decoders import AttentiveDecoder, TableDecoder, plain_beam_search, random_ids
+from tests.generation.decoders import AttentiveDecoder, TableDecoder, plain_beam_search
 from tests.test_retrieval import (
     ALONE,
     NUM_ITEMS,
@@ -92,7 +93,7 @@ def ranked_here() -> tuple[list[RankedTargets], int, str]:
         rank_generated(attentive, batches_of(ranks), ranks=ranks),
     ]
     broken = made_up_decoder(AttentiveDecoder)
-    broken._users[36, 2] = float("nan")
+    broken.users_UD[36, 2] = float("nan")
     with pytest.raises(ValueError) as error:
         rank_generated(broken, batches_of(ranks), ranks=ranks)
     return found, tables.num_calls, str(error.value)

@@ -15,13 +15,14 @@ import torch.distributed as dist
 import yaml
 
 import pipeline.eval as stage
+from benchmarks.generation import random_ids
 from muonrec.data.shards import load_sequences
 from muonrec.mesh import Ranks
 from muonrec.metrics import bootstrap_interval
 from muonrec.report import read_ranks
 from pipeline.data import build_dataset, load_data_config
 from tests.distributed.ranks import run_on_ranks
-from tests.generation.decoders import TableDecoder, random_ids
+from tests.generation.decoders import TableDecoder
 
 ALONE = Ranks(rank=0, num_ranks=1, device=torch.device("cpu"))
 NUM_USERS, NUM_ITEMS = 300, 80
