@@ -1,26 +1,23 @@
 """Stand-ins for a model over semantic IDs, and the plain twins of the search: one prefix at a time, without a cache."""
 
-# B = users of a batch, K = beams, V = codes of a level, D = width, H = codes of a prefix so far
+# B = users of a batch, K = beams, V = codes of a level
 
 from __future__ import annotations
+
+import dataclasses
 
 import numpy as np
 import torch
 
+from benchmarks.generation import Attention
 from muonrec.batch import HISTORY, SequenceBatch
 from muonrec.data.semantic_ids.ids import SemanticIds
 
-CPU = torch.device("cpu")
 
+class TableDecoder:
+    """Log-probabilities hashed from the user and the prefix: a table of them, in effect. The state is the hash."""
 
-def random_ids(num_items: int, sizes: tuple[int, ...], seed: int = 0) -> SemanticIds:
-    """Different items of different codes, evenly drawn."""
-    drawn = np.random.default_rng(seed).choice(np.prod(sizes), num_items, replace=False)
-    return SemanticIds(np.stack(np.unravel_index(drawn, sizes), axis=1).astype(np.int64), sizes)
-
-
-class _Decoder:
-    device = CPU
+    device = torch.device("cpu")
 
     def __init__(self, semantic_ids: SemanticIds, num_beams: int = 50) -> None:
         self.semantic_ids, self.num_beams = semantic_ids, num_beams
@@ -28,10 +25,6 @@ class _Decoder:
 
     def history_lengths(self, batch: SequenceBatch) -> torch.Tensor:
         return batch.features[HISTORY].lengths()[: len(batch.labels)].long()
-
-
-class TableDecoder(_Decoder):
-    """Log-probabilities hashed from the user and the prefix: a table of them, in effect. The state is the hash."""
 
     def begin(self, batch: SequenceBatch) -> torch.Tensor:
         return _mixed(batch.user_ids.unsqueeze(1) + 17)
@@ -48,37 +41,19 @@ class TableDecoder(_Decoder):
         return state.gather(1, beams_BK)
 
 
-class AttentiveDecoder(_Decoder):
-    """One attention over the codes so far, with a cache of keys and values: to be reordered, or the numbers change."""
+class AttentiveDecoder(Attention):
+    """With a cache to be reordered, or the numbers change; an empty batch has a row, as a model's may."""
 
-    def __init__(self, semantic_ids: SemanticIds, num_beams: int = 50, width: int = 8) -> None:
-        super().__init__(semantic_ids, num_beams)
-        generator = torch.Generator().manual_seed(5)
-        sizes = semantic_ids.codebook_sizes
-        self._users = torch.randn(64, width, generator=generator)
-        self._codes = [torch.randn(size, width, generator=generator) for size in sizes]
-        self._heads = [torch.randn(width, size, generator=generator) for size in sizes]
-        self._keys, self._values = torch.randn(2, width, width, generator=generator).unbind(0)
+    def __init__(self, semantic_ids: SemanticIds, num_beams: int = 50) -> None:
+        super().__init__(semantic_ids, num_users=64, width=8, num_beams=num_beams)
+
+    def history_lengths(self, batch: SequenceBatch) -> torch.Tensor:
+        return batch.features[HISTORY].lengths()[: len(batch.labels)].long()
 
     def begin(self, batch: SequenceBatch):
-        rows = batch.features[HISTORY].lengths().numel()  # one, empty, where the batch has no users
-        empty = torch.empty(rows, 1, 0, self._users.shape[1])
-        users_BD = self._users[batch.user_ids] if len(batch.user_ids) else self._users[:1]
-        return users_BD, empty, empty
-
-    def log_probs(self, state, codes_BK, level):
-        users_BD, keys_BKHD, values_BKHD = state
-        x_BKD = users_BD.unsqueeze(1) if codes_BK is None else self._codes[level - 1][codes_BK]
-        keys_BKHD = torch.cat([keys_BKHD, (x_BKD @ self._keys).unsqueeze(2)], 2)
-        values_BKHD = torch.cat([values_BKHD, (x_BKD @ self._values).unsqueeze(2)], 2)
-        weights = (keys_BKHD @ x_BKD.unsqueeze(3) / 8).softmax(2)
-        logits = (weights * values_BKHD).sum(2) @ self._heads[level]
-        return (logits / 4).log_softmax(2), (users_BD, keys_BKHD, values_BKHD)
-
-    def select(self, state, beams_BK):
-        users_BD, *cache = state
-        index = beams_BK[:, :, None, None].expand(-1, -1, *cache[0].shape[2:])
-        return users_BD, *(part.gather(1, index) for part in cache)
+        if len(batch.user_ids) == 0:
+            batch = dataclasses.replace(batch, user_ids=torch.zeros(1, dtype=torch.int64))
+        return super().begin(batch)
 
 
 def _mixed(x: torch.Tensor) -> torch.Tensor:

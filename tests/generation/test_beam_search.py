@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.generation import random_ids
 from muonrec.generation import Beams, CodeTrie, SeenLeaves, beam_search
-from tests.generation.decoders import AttentiveDecoder, TableDecoder, plain_beam_search, random_ids
+from tests.generation.decoders import AttentiveDecoder, TableDecoder, plain_beam_search
 from tests.test_retrieval import batch_of
 
 USERS = np.array([3, 11, 4, 30])

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 
+from benchmarks.generation import random_ids
 from muonrec.generation import rank_generated, rank_held_out
 from muonrec.mesh import Ranks
 from muonrec.metrics import metrics_per_user
+from muonrec.models import ShardedEncoder, scorer_of
 from muonrec.retrieval import RankedTargets, rank_targets
 from tests.distributed.ranks import run_on_ranks
-from tests.generation.decoders import AttentiveDecoder, TableDecoder, plain_beam_search, random_ids
+from tests.generation.decoders import AttentiveDecoder, TableDecoder, plain_beam_search
 from tests.test_retrieval import (
     ALONE,
     NUM_ITEMS,
@@ -89,7 +93,7 @@ def ranked_here() -> tuple[list[RankedTargets], int, str]:
         rank_generated(attentive, batches_of(ranks), ranks=ranks),
     ]
     broken = made_up_decoder(AttentiveDecoder)
-    broken._users[36, 2] = float("nan")
+    broken.users_UD[36, 2] = float("nan")
     with pytest.raises(ValueError) as error:
         rank_generated(broken, batches_of(ranks), ranks=ranks)
     return found, tables.num_calls, str(error.value)
@@ -134,3 +138,9 @@ def test_what_a_model_offers_decides_how_it_is_ranked():
     assert_same(scored, rank_targets(made_up_encoder(), batches_of(ALONE), ranks=ALONE))
     with pytest.raises(ValueError, match="num_beams=5 was asked, but the model generates nothing"):
         rank_held_out(made_up_encoder(), batches_of(ALONE), ranks=ALONE, num_beams=5)
+
+
+def test_a_model_that_brings_its_own_scorer_is_ranked_by_it():
+    generates = SimpleNamespace(module=SimpleNamespace(scorer=lambda sharded, device: (sharded, device)))
+    assert scorer_of(generates, num_items=3, device=ALONE.device) == (generates, ALONE.device)
+    assert isinstance(scorer_of(SimpleNamespace(module=None), num_items=3, device=ALONE.device), ShardedEncoder)

@@ -8,9 +8,10 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.generation import random_ids
 from muonrec.data.semantic_ids.ids import SemanticIds
 from muonrec.generation import CodeTrie
-from tests.generation.decoders import random_ids, tie_key
+from tests.generation.decoders import tie_key
 
 
 @st.composite
