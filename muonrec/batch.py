@@ -12,7 +12,7 @@ import torch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec.streamable import Pipelineable
 
-HISTORY, TARGETS, CANDIDATES = "history", "targets", "candidates"
+HISTORY, TARGETS, CANDIDATES, USER = "history", "targets", "candidates", "user"
 
 
 @dataclasses.dataclass
@@ -23,6 +23,8 @@ class SequenceBatch(Pipelineable):
         features: stride B (1 when there are no users), keys ``history`` (the input events of each user), ``targets``
             (the items to be predicted whose rows the loss looks up; empty when it needs none) and ``candidates`` (the
             items they compete with, all in the first user's slot). All are features of the table ``item``; ids int64.
+            Tokenized, see `muonrec.data.semantic_ids.Tokenizer`: of the table ``token``, several ids for each item;
+            and ``user``, the users' own tokens.
         labels: int64. Training: ``[T]``, the item that follows each event of the history. Evaluation: ``[B]``, the one
             held-out item of each user.
         log_q: float32 ``[T + C]``, log sampling probability of the labels and of the candidates; empty when uniform.

@@ -1,10 +1,10 @@
-"""Losses over next items: full softmax, sampled softmax with logQ correction, and binary cross-entropy."""
+"""Losses over next items: full softmax, sampled softmax with logQ correction, binary cross-entropy, and over tokens."""
 
 # T = targets of this rank's share, C = candidates, M = negatives of one target, D = width
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 import torch.distributed as dist
@@ -14,7 +14,9 @@ from torch import nn
 if TYPE_CHECKING:
     from muonrec.batch import SequenceBatch
 
-Loss = Literal["full_softmax", "sampled_softmax", "in_batch_softmax", "bce"]
+NextItem = Literal["full_softmax", "sampled_softmax", "in_batch_softmax", "bce"]
+Loss = Literal[NextItem, "token_softmax"]
+NEXT_ITEM_LOSSES: tuple[NextItem, ...] = get_args(NextItem)
 
 
 class NextItemLoss(nn.Module):
@@ -34,7 +36,7 @@ class NextItemLoss(nn.Module):
         temperature: logits are divided by it.
     """
 
-    def __init__(self, kind: Loss, *, temperature: float = 1.0) -> None:
+    def __init__(self, kind: NextItem, *, temperature: float = 1.0) -> None:
         super().__init__()
         self.kind = kind
         self.temperature = temperature
@@ -64,7 +66,33 @@ class NextItemLoss(nn.Module):
             nats_T = sampled_softmax(hidden_TD, targets_TD, targets_TD, batch.labels, batch.labels, log_q)
         else:
             nats_T = binary_cross_entropy(hidden_TD, targets_TD, candidates_CD, batch.labels, candidate_ids)
-        return _global_mean(nats_T, batch)
+        return global_mean(nats_T, batch)
+
+
+class TokenLoss(nn.Module):
+    """Mean nats over the targets of the global batch (`NextItemLoss`), each item written as one code per level.
+
+    The nats of an item are those of its codes, summed: minus the log of its probability among all that can be written.
+    """
+
+    def forward(self, logits: list[torch.Tensor], batch: SequenceBatch) -> tuple[torch.Tensor, dict[str, float]]:
+        """As `NextItemLoss`.
+
+        Args:
+            logits: of each level, ``[T, codes of the level]``.
+            batch: its feature ``targets`` holds the tokens of each target, codes offset by the levels before.
+        """
+        tokens_TL = batch.features["targets"].values().view(-1, len(logits))
+        return global_mean(token_softmax(logits, tokens_TL), batch)
+
+
+def token_softmax(logits: list[torch.Tensor], tokens_TL: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy in nats ``[T]``, summed over the levels; a token is its code offset by the levels before."""
+    nats, first = [], 0
+    for level, logits_TC in enumerate(logits):
+        nats.append(F.cross_entropy(_wide(logits_TC), tokens_TL[:, level] - first, reduction="none"))
+        first += logits_TC.size(1)
+    return torch.stack(nats).sum(0)
 
 
 def full_softmax(hidden_TD: torch.Tensor, items_CD: torch.Tensor, labels_T: torch.Tensor) -> torch.Tensor:
@@ -121,7 +149,8 @@ def _wide(logits: torch.Tensor) -> torch.Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
-def _global_mean(nats_T: torch.Tensor, batch: SequenceBatch) -> tuple[torch.Tensor, dict[str, float]]:
+def global_mean(nats_T: torch.Tensor, batch: SequenceBatch) -> tuple[torch.Tensor, dict[str, float]]:
+    """The mean that `NextItemLoss` speaks of, of nats ``[T]``, and its statistics. Every rank must call it."""
     local_sum = nats_T.sum()
     first_user = batch.user_ids[:1].double().sum()
     num_targets = nats_T.numel()

@@ -81,15 +81,32 @@ class Counts(Protocol):
         """Int ``[N]``, other items with exactly its score."""
         ...
 
+    @property
+    def list_length(self) -> int | None:
+        """Places of the lists in which held-out items were looked for; None: the whole catalogue was ranked."""
+        ...
+
 
 def metrics_per_user(ranked: Counts, *, k: Sequence[int]) -> dict[str, np.ndarray]:
-    """Every metric as float64 ``[N]``, keyed ``recall@10``, ``ndcg@10``, ``mrr@10`` for each of ``k``, and ``mrr``."""
+    """Every metric as float64 ``[N]``, keyed ``recall@10``, ``ndcg@10``, ``mrr@10`` for each of ``k``, and ``mrr``.
+
+    Where the held-out items were looked for in lists alone, there is no ``mrr``: it depends on every place.
+
+    Raises:
+        ValueError: one of ``k`` is longer than those lists.
+    """
+    if ranked.list_length is not None and max(k, default=0) > ranked.list_length:
+        raise ValueError(
+            f"metrics of the first {max(k)} places were asked, but the lists have {ranked.list_length}; "
+            "ask for a shorter list, or generate longer ones by num_beams"
+        )
     per_user = {}
     for length in k:
         per_user[f"recall@{length}"] = recall_at(length, ranked.num_greater, ranked.num_equal)
         per_user[f"ndcg@{length}"] = ndcg_at(length, ranked.num_greater, ranked.num_equal)
         per_user[f"mrr@{length}"] = mrr_at(length, ranked.num_greater, ranked.num_equal)
-    per_user["mrr"] = mrr(ranked.num_greater, ranked.num_equal)
+    if ranked.list_length is None:
+        per_user["mrr"] = mrr(ranked.num_greater, ranked.num_equal)
     return per_user
 
 

@@ -41,10 +41,12 @@ class Ranked:
         columns: ``user_id``, ``target``, ``num_greater``, ``num_equal``, ``history_length``, ``target_train_count``;
             int64 ``[N]`` each, in order of the users.
         protocol: what was ranked: part, mask_seen, num_items, fingerprint of the data set. Only equal ones compare.
+        list_length: as in `muonrec.retrieval.RankedTargets`.
     """
 
     columns: dict[str, np.ndarray]
     protocol: dict[str, Any]
+    list_length: int | None = None
 
     @property
     def num_greater(self) -> np.ndarray:
@@ -120,7 +122,8 @@ def write_ranks(path: Path, ranked: Ranked) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    table = pa.table(ranked.columns).replace_schema_metadata({"protocol": json.dumps(ranked.protocol, sort_keys=True)})
+    metadata = {"protocol": json.dumps(ranked.protocol, sort_keys=True), "list_length": json.dumps(ranked.list_length)}
+    table = pa.table(ranked.columns).replace_schema_metadata(metadata)
     pq.write_table(table, path, compression="zstd")
 
 
@@ -132,7 +135,8 @@ def read_ranks(path: Path) -> Ranked:
     if b"protocol" not in (table.schema.metadata or {}):
         raise ValueError(f"{path} does not say what was ranked; run python -m pipeline.eval on its folder again")
     columns = {name: table.column(name).to_numpy() for name in table.column_names}
-    return Ranked(columns, json.loads(table.schema.metadata[b"protocol"]))
+    notes = table.schema.metadata
+    return Ranked(columns, json.loads(notes[b"protocol"]), json.loads(notes.get(b"list_length", b"null")))
 
 
 def paired_differences(
@@ -141,7 +145,8 @@ def paired_differences(
     """Relative difference of each metric of ``arm`` to ``control`` over the same users, with its 95 % interval.
 
     Raises:
-        ValueError: a run was not evaluated, or the two were not evaluated alike; the message says what differs.
+        ValueError: a run was not evaluated, or the two were not evaluated alike; the message says what differs; or a
+            metric is of more places than one of them has.
     """
     for run in (control, arm):
         if run.ranked is None:
@@ -160,6 +165,11 @@ def paired_differences(
 
     ks = sorted({int(name.partition("@")[2]) for name in metric_names if "@" in name})
     of_control, of_arm = metrics_per_user(ours, k=ks), metrics_per_user(theirs, k=ks)
+    if missing := set(metric_names) - (of_control.keys() & of_arm.keys()):
+        raise ValueError(
+            f"{', '.join(sorted(missing))} of {control.name} and {arm.name} was asked, but one of them ranked lists "
+            "alone, not the whole catalogue; compare metrics of a length, such as mrr@10"
+        )
     return {
         name: paired_bootstrap_difference(
             of_control[name], of_arm[name], ours.columns["user_id"], num_resamples=num_resamples, seed=seed
@@ -323,7 +333,9 @@ def _result_row(name: str, metrics: Mapping[str, Any], kind: str) -> dict[str, A
 def _differences(runs: Sequence[RunRecord], main_metric: str) -> list[dict[str, Any]]:
     control, rows = runs[0], []
     for arm in runs[1:]:
-        names = list(dict.fromkeys([main_metric, "ndcg@10", "recall@10", "mrr"]))
+        names = list(dict.fromkeys([main_metric, "ndcg@10", "recall@10"]))
+        if not any(run.ranked is not None and run.ranked.list_length for run in (control, arm)):
+            names.append("mrr")
         try:
             intervals: Mapping[str, Interval] = paired_differences(control, arm, names)
         except ValueError as error:

@@ -71,6 +71,8 @@ class RankedTargets:
         history_lengths: int64 ``[N]``, events of the history the encoder was given.
         topk_ids: int64 ``[N, K]``, best first, -1 where a user has fewer candidates; None unless asked.
         topk_scores: float32 ``[N, K]``, ``-inf`` where the id is -1; None unless asked.
+        list_length: places of the list that the held-out items were looked for in: one that is not in it has at least
+            so many that count as greater, and nothing is known of a longer list; None: the whole catalogue.
     """
 
     user_ids: np.ndarray
@@ -80,6 +82,7 @@ class RankedTargets:
     history_lengths: np.ndarray
     topk_ids: np.ndarray | None = None
     topk_scores: np.ndarray | None = None
+    list_length: int | None = None
 
 
 def rank_by_popularity(ranked: RankedTargets, item_train_counts: np.ndarray) -> RankedTargets:
@@ -97,7 +100,7 @@ def rank_by_popularity(ranked: RankedTargets, item_train_counts: np.ndarray) -> 
     topk_ids = topk_scores = None
     if ranked.topk_ids is not None:
         k = ranked.topk_ids.shape[1]
-        best = np.lexsort((_tie_key(torch.arange(len(counts))).numpy(), -counts))[:k]
+        best = np.lexsort((tie_key(torch.arange(len(counts))).numpy(), -counts))[:k]
         missing = (0, k - len(best))
         ids_K = np.pad(best, missing, constant_values=-1)
         scores_K = np.pad(counts[best].astype(np.float32), missing, constant_values=-np.inf)
@@ -108,6 +111,7 @@ def rank_by_popularity(ranked: RankedTargets, item_train_counts: np.ndarray) -> 
         num_equal=end_N - first_N - 1,  # the held-out item equals itself
         topk_ids=topk_ids,
         topk_scores=topk_scores,
+        list_length=None,
     )
 
 
@@ -129,7 +133,7 @@ def rank_targets(
     the end). A block of users is gathered on every rank; the items are walked in chunks, chunk j scored by rank
     ``j % num_ranks``; the counts are summed. The result is bit for bit the same for every number of ranks, chunk and
     block, provided that the encoder's vectors are: see `_snap`. Equal scores among the best ``k`` are put in the order
-    of a hash of the item id (`_tie_key`), so that no end of the catalogue is favoured.
+    of a hash of the item id (`tie_key`), so that no end of the catalogue is favoured.
 
     About this many bytes at the peak, on each rank, beside the encoder: ``U (12 D + 10 C + 24 K) + 20 C D``, with
     ``U < user_block + num_ranks * B`` and ``C = item_chunk``; ``16 bytes`` per seen item of the block with
@@ -177,7 +181,7 @@ def rank_targets(
             finish_block()
     if num_waiting:
         finish_block()
-    return _in_order_of_users(finished)
+    return in_order_of_users(finished)
 
 
 class _Users(NamedTuple):
@@ -204,17 +208,23 @@ def _gathered(mine: _Users, ranks: Ranks) -> _Users:
     """The users of all ranks, on every rank, in order of the ranks."""
     if ranks.num_ranks == 1:
         return mine
-    sizes_R = torch.empty(ranks.num_ranks, dtype=torch.int64, device=mine.user_ids.device)
-    dist.all_gather_single(sizes_R, torch.tensor([len(mine.user_ids)], device=sizes_R.device))
-    sizes = sizes_R.tolist()
+    sizes = rows_of_ranks(mine.user_ids, ranks)
     # Scores travel as their bits: one collective for everything that is eight bytes wide.
     numbers = torch.stack([*mine[1:4], mine.target_scores.view(torch.int64)], dim=1)
-    numbers = _gather_rows(numbers, sizes)
+    numbers = gather_rows(numbers, sizes)
     user_ids, targets, lengths, bits = (column.contiguous() for column in numbers.unbind(1))
-    return _Users(_gather_rows(mine.vectors_UD, sizes), user_ids, targets, lengths, bits.view(torch.float64))
+    return _Users(gather_rows(mine.vectors_UD, sizes), user_ids, targets, lengths, bits.view(torch.float64))
 
 
-def _gather_rows(rows: torch.Tensor, sizes: list[int]) -> torch.Tensor:
+def rows_of_ranks(rows: torch.Tensor, ranks: Ranks) -> list[int]:
+    """How many ``rows`` each rank has; collective."""
+    sizes_R = torch.empty(ranks.num_ranks, dtype=torch.int64, device=rows.device)
+    dist.all_gather_single(sizes_R, torch.tensor([len(rows)], device=rows.device))
+    return sizes_R.tolist()
+
+
+def gather_rows(rows: torch.Tensor, sizes: list[int]) -> torch.Tensor:
+    """The ``rows`` of all ranks, of which rank r has ``sizes[r]``, on every rank in order of the ranks; collective."""
     padded = rows.new_zeros(max(sizes), *rows.shape[1:])
     padded[: len(rows)] = rows
     gathered = rows.new_empty(len(sizes) * max(sizes), *rows.shape[1:])
@@ -277,13 +287,18 @@ def _rank_block(
     )
 
 
-def _check_users(users: _Users, num_items: int) -> None:
-    outside = users.targets[(users.targets < 0) | (users.targets >= num_items)]
+def check_targets(targets: torch.Tensor, num_items: int) -> None:
+    """Refuse held-out items outside the catalogue, by ValueError."""
+    outside = targets[(targets < 0) | (targets >= num_items)]
     if len(outside):
         raise ValueError(
             f"held-out item {int(outside[0])} is outside the {num_items} items of the model; "
             "evaluate on the data set that the model was trained on"
         )
+
+
+def _check_users(users: _Users, num_items: int) -> None:
+    check_targets(users.targets, num_items)
     broken = users.user_ids[~torch.isfinite(users.vectors_UD).all(1)]
     if len(broken):
         raise ValueError(
@@ -314,17 +329,22 @@ def _snap(vectors: torch.Tensor) -> torch.Tensor:
     return (vectors.double() / step).round_().mul_(step)
 
 
+def left_out(mask_seen: SeenItems, user_ids: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of ``user_ids`` and the items that each leaves out, int64 and equally long, on the device of the ids."""
+    seen = mask_seen(user_ids.cpu().numpy())
+    items, lengths = (torch.as_tensor(part, dtype=torch.int64, device=user_ids.device) for part in seen)
+    rows = torch.arange(len(lengths), device=user_ids.device).repeat_interleave(lengths)
+    other = items != targets[rows]  # the held-out item always competes
+    return rows[other], items[other]
+
+
 class _Seen:
     """The (user, item) pairs of a block that are left out, in order of the items."""
 
     def __init__(self, mask_seen: SeenItems, users: _Users) -> None:
-        device = users.vectors_UD.device
-        seen = mask_seen(users.user_ids.cpu().numpy())
-        items, lengths = (torch.as_tensor(part, dtype=torch.int64, device=device) for part in seen)
-        rows = torch.arange(len(lengths), device=device).repeat_interleave(lengths)
-        other = items != users.targets[rows]  # the held-out item always competes
-        self._items, order = items[other].sort()
-        self._rows = rows[other][order]
+        rows, items = left_out(mask_seen, users.user_ids, users.targets)
+        self._items, order = items.sort()
+        self._rows = rows[order]
 
     def mask(self, scores_UC: torch.Tensor, first: int, last: int) -> None:
         begin, end = torch.searchsorted(self._items, torch.tensor([first, last], device=self._items.device)).tolist()
@@ -350,7 +370,7 @@ class _Best(NamedTuple):
         scores_UK, columns_UK = scores_UC.topk(k + 1, dim=1)
         # Which of several equal scores topk keeps is its own affair: where the cut falls among equals, sort in full.
         cut = ((scores_UK[:, k - 1] == scores_UK[:, k]) & torch.isfinite(scores_UK[:, k])).nonzero()[:, 0]
-        by_key_C = _tie_key(ids_C).argsort()
+        by_key_C = tie_key(ids_C).argsort()
         for rows in cut.split(64):
             order = scores_UC[rows][:, by_key_C].argsort(dim=1, descending=True, stable=True)[:, :k]
             columns_UK[rows, :k] = by_key_C[order]
@@ -372,7 +392,7 @@ class _Best(NamedTuple):
 
     def _merged(self, scores: torch.Tensor, ids: torch.Tensor) -> _Best:
         scores, ids = torch.cat([self.scores, scores], 1), torch.cat([self.ids, ids], 1)
-        by_key = _tie_key(ids).argsort(dim=1)
+        by_key = tie_key(ids).argsort(dim=1)
         scores, ids = scores.gather(1, by_key), ids.gather(1, by_key)
         by_score = scores.argsort(dim=1, descending=True, stable=True)[:, : self.k]
         return _Best(self.k, scores.gather(1, by_score), ids.gather(1, by_score))
@@ -383,13 +403,14 @@ class _Best(NamedTuple):
         return pad(self.scores, missing, value=-math.inf), pad(self.ids, missing, value=-1)
 
 
-def _tie_key(ids: torch.Tensor) -> torch.Tensor:
+def tie_key(ids: torch.Tensor) -> torch.Tensor:
     """A number per item that says nothing about it: multiplication by 2^64 over the golden ratio (Knuth 1973, 6.4)."""
     return ((ids + 1) * -7046029254386353131) & (2**62 - 1)
 
 
-def _in_order_of_users(blocks: list[RankedTargets]) -> RankedTargets:
-    if not blocks:
+def in_order_of_users(blocks: list[RankedTargets]) -> RankedTargets:
+    """Blocks of users as one, in order of the users. Raises ValueError if there are none, or one comes twice."""
+    if not any(len(block.user_ids) for block in blocks):
         raise ValueError("no batch held a user to rank; check the part that was asked and the data set's split")
     user_ids = np.concatenate([block.user_ids for block in blocks])
     order = np.argsort(user_ids, kind="stable")

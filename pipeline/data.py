@@ -47,10 +47,12 @@ from muonrec.data.manifest import (
 from muonrec.data.places import Place
 from muonrec.data.rejected import RejectedRows
 from muonrec.data.replacement import put_right, replaced_folder
+from muonrec.data.semantic_ids.build import build_semantic_ids
+from muonrec.data.semantic_ids.config import SemanticIdsConfig
 from muonrec.data.sequences import EventStore, LeaveOneOut, RatioSplit, Split, Ties
 from muonrec.data.shards import shard_name, write_shards, write_table
 from muonrec.data.synthetic import SyntheticSource, best_possible, read_synthetic
-from muonrec.data.text import OnShare, source_files
+from muonrec.data.text import OnShare, describe_sources, source_files
 from muonrec.runlog import Progress, configure_logging, run_stage
 
 logger = logging.getLogger("pipeline.data")
@@ -78,6 +80,8 @@ class DataConfig(Config):
         ties: order of a user's events of one second: ``shuffle`` (seeded), ``file_order``, or ``drop`` them all.
         seed: of the shuffle of ties.
         num_shards: files that the users are dealt to.
+        semantic_ids: codes of every item for generative models, by what they are made of; null: none. They are a set of
+            files of their own, and change nothing of the data set.
         engine: ``duckdb``, in this process, or ``spark``, on the nodes of the component ``data`` or on your own cluster
             (`muonrec.data.engines.Spark`); does not change the result.
         memory_limit: of the database, or of each process of Spark; does not change the result.
@@ -95,6 +99,7 @@ class DataConfig(Config):
     ties: Ties = "shuffle"
     seed: int = 0
     num_shards: int = pydantic.Field(default=16, ge=1, le=99_999)
+    semantic_ids: SemanticIdsConfig | None = None
     engine: EngineName = "duckdb"
     memory_limit: Annotated[str, pydantic.Field(pattern=r"^\d+(\.\d+)? ?[KMGT]i?B$")] = "4GiB"
 
@@ -122,7 +127,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     options = parser.parse_args(arguments)
     configure_logging()
-    return run_stage(lambda: build_dataset(load_data_config(options.config, options.overrides)))
+    return run_stage(lambda: build(load_data_config(options.config, options.overrides)))
 
 
 def load_data_config(path: str | Path, overrides: Sequence[str] = ()) -> DataConfig:
@@ -141,6 +146,13 @@ def load_data_config(path: str | Path, overrides: Sequence[str] = ()) -> DataCon
             "add one with source and output"
         )
     return parse_config(DataConfig, tree["data"], source=f"section 'data' of {path}", prefix="data.")
+
+
+def build(config: DataConfig) -> None:
+    """Build what ``config`` asks for: the data set, then the semantic IDs of its items."""
+    build_dataset(config)
+    if config.semantic_ids is not None:
+        build_semantic_ids(config.semantic_ids, config.output)
 
 
 def build_dataset(config: DataConfig) -> Manifest:
@@ -237,7 +249,7 @@ def build_dataset(config: DataConfig) -> Manifest:
             split=split,
             num_shards=config.num_shards,
             files={name: describe_file(folder / name) for name in names},
-            config=config.model_dump(mode="json"),
+            config=config.model_dump(mode="json", exclude={"semantic_ids"}),
             source=source,
             ancestor=ancestor,
             older_ancestors=ancestors[1:],
@@ -266,12 +278,7 @@ def _where(source: dict[str, Any]) -> str:
 
 
 def _describe_files(source: FileSource | FileItems, *, setting: str) -> dict[str, Any]:
-    files = []
-    for path in source_files(source.path, setting=setting):
-        with path.open("rb") as stream:
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
-        files.append({"path": str(path), "num_bytes": path.stat().st_size, "sha256": digest})
-    return {"format": source.format, "files": files}
+    return {"format": source.format, "files": describe_sources(source_files(source.path, setting=setting))}
 
 
 def fingerprint_of(config: DataConfig, source: dict[str, Any], ancestor: Ancestor | None = None) -> str:
@@ -299,7 +306,7 @@ _PLACES = ("path", "download", "accept_terms")  # where a source is, not what it
 def deciding_settings(settings: dict[str, Any]) -> dict[str, Any]:
     """The settings of a data stage without those under which the sequences would be the same."""
     settings = {**settings, "source": {**settings["source"]}, "extends": settings.get("extends") is not None}
-    for name in ("output", "work", "items", "engine", "memory_limit", "max_rejected_share"):
+    for name in ("output", "work", "items", "semantic_ids", "engine", "memory_limit", "max_rejected_share"):
         settings.pop(name, None)
     for name in _PLACES:
         settings["source"].pop(name, None)

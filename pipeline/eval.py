@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import logging
 import platform
@@ -31,11 +32,13 @@ from muonrec.data.loader import evaluation_batches, evaluation_targets, seen_ite
 from muonrec.data.manifest import ITEMS, USERS
 from muonrec.data.places import parquet_of
 from muonrec.data.shards import Sequences
+from muonrec.generation import CodeDecoder, rank_held_out
 from muonrec.mesh import Ranks, join_ranks
 from muonrec.metrics import bootstrap_interval, breakdown, coverage, groups_between, metrics_per_user
 from muonrec.report import METRICS, RANKS, Ranked, read_runs, write_ranks, write_report
-from muonrec.retrieval import Encoder, PopularityEncoder, RankedTargets, rank_by_popularity, rank_targets
+from muonrec.retrieval import Encoder, PopularityEncoder, RankedTargets, rank_by_popularity
 from muonrec.runlog import Progress, configure_logging, run_stage
+from pipeline.building import as_read_by
 from pipeline.data import check_same_data
 from pipeline.train import TrainConfig, load_run
 
@@ -56,6 +59,8 @@ class EvalConfig(Config):
         k: lengths of the lists.
         mask_seen: leave out what the user has had before. Off, as in most published tables: compare like with like.
         batch_size: users encoded at once on one rank.
+        num_beams: of a model that generates: prefixes that its search keeps, and items of its lists; without it the
+            number in the model's own settings.
         item_chunk, user_block: items and users scored at once; they change memory and time, never a digit.
         num_resamples, seed: of the bootstrap.
         popularity_bounds, length_bounds: groups of the breakdowns, by training events of the held-out item and by
@@ -71,6 +76,7 @@ class EvalConfig(Config):
     k: Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1)] = [5, 10, 20]
     mask_seen: bool = False
     batch_size: int = Field(default=512, ge=1)
+    num_beams: int | None = Field(default=None, ge=1)
     item_chunk: int = Field(default=8192, ge=1)
     user_block: int = Field(default=2048, ge=1)
     num_resamples: int = Field(default=1000, ge=1)
@@ -115,13 +121,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def evaluate(config: EvalConfig, ranks: Ranks) -> dict[str, Any] | None:
     """Evaluate one run and write its files; every rank must call it, the first returns what metrics.json holds."""
     check_outputs(config)
-    encoder, run_config, sequences, step = load_run(config.run, config.checkpoint, ranks)
+    model, run_config, sequences, step = load_run(config.run, config.checkpoint, ranks)
     check_same_data(run_config.data, sequences.manifest)
     check_lengths(config, sequences)
     logger.info("evaluating %s at step %d on the %s items, %d ranks", config.run, step, config.part, ranks.num_ranks)
 
     started = time.monotonic()
-    ranked = rank_all(encoder, "model", config, run_config, sequences, ranks)
+    ranked = rank_all(model, "model", config, run_config, sequences, ranks, num_beams=config.num_beams)
     seconds = time.monotonic() - started
     if config.mask_seen:
         popular = PopularityEncoder(sequences.item_train_counts, ranks.device)
@@ -137,6 +143,7 @@ def evaluate(config: EvalConfig, ranks: Ranks) -> dict[str, Any] | None:
         "checkpoint_step": step,
         "num_users": len(latest_of_each_user(ranked, config, sequences).user_ids),
         "num_targets": len(ranked.user_ids),
+        "list_length": ranked.list_length,
         **summarize(ranked, config, sequences),
         "popularity": summarize(popularity, config, sequences),
         "best_possible": best_possible(config, sequences),
@@ -149,7 +156,8 @@ def evaluate(config: EvalConfig, ranks: Ranks) -> dict[str, Any] | None:
         "versions": versions(),
     }
     write_json(config.run / METRICS, found)
-    write_ranks(config.run / RANKS, Ranked(per_user_columns(ranked, config, sequences), protocol_of(config, sequences)))
+    columns = per_user_columns(ranked, config, sequences)
+    write_ranks(config.run / RANKS, Ranked(columns, protocol_of(config, sequences), ranked.list_length))
     if config.recommend is not None:
         latest = latest_of_each_user(ranked, config, sequences)
         write_recommendations(config.recommend, latest, config.recommend_k, run_config.data.output)
@@ -206,7 +214,14 @@ def check_lengths(config: EvalConfig, sequences: Sequences) -> None:
 
 
 def rank_all(
-    encoder: Encoder, what: str, config: EvalConfig, run_config: TrainConfig, sequences: Sequences, ranks: Ranks
+    model: Encoder | CodeDecoder,
+    what: str,
+    config: EvalConfig,
+    run_config: TrainConfig,
+    sequences: Sequences,
+    ranks: Ranks,
+    *,
+    num_beams: int | None = None,
 ) -> RankedTargets:
     """Rank every held-out item of the part among all items; every rank must call it."""
     batches = evaluation_batches(
@@ -218,11 +233,12 @@ def rank_all(
     )
     num_targets = len(evaluation_targets(sequences, config.part))
     with Progress(f"ranking by {what}", "users", total=num_targets, enabled=ranks.is_first) as progress:
-        return rank_targets(
-            encoder,
-            batches,
+        return rank_held_out(
+            model,
+            as_read_by(model, batches, sequences, config.part),
             ranks=ranks,
             k=max(*config.k, config.recommend_k if config.recommend is not None else 1),
+            num_beams=num_beams,
             item_chunk=config.item_chunk,
             user_block=config.user_block,
             mask_seen=(lambda target_ids: seen_items(sequences, target_ids, config.part)) if config.mask_seen else None,
@@ -338,8 +354,8 @@ def latest_of_each_user(ranked: RankedTargets, config: EvalConfig, sequences: Se
     """One row per user, of its last target: a split may give a user several."""
     rows, _ = sequences.locate(ranked.user_ids, config.part)
     is_last = np.append(np.diff(rows) != 0, True)
-    columns = {name: None if column is None else column[is_last] for name, column in vars(ranked).items()}
-    return RankedTargets(**{**columns, "user_ids": rows[is_last]})
+    columns = {name: part[is_last] for name, part in vars(ranked).items() if isinstance(part, np.ndarray)}
+    return dataclasses.replace(ranked, **{**columns, "user_ids": rows[is_last]})
 
 
 def write_recommendations(path: Path, ranked: RankedTargets, k: int, dataset: Path | UPath) -> None:

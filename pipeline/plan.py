@@ -29,8 +29,7 @@ from muonrec.embeddings.planning import (
     find_changes,
     plan_job,
 )
-from muonrec.losses import NextItemLoss
-from muonrec.models import MODELS
+from pipeline.building import build_model, semantic_ids_of
 
 if TYPE_CHECKING:
     from pipeline.train import TrainConfig
@@ -68,8 +67,7 @@ def print_plan(
     if host_gib is not None:
         cluster = dataclasses.replace(cluster, host_bytes=int(host_gib * _GIB) // ranks_per_node)
     num_items = count_items(config, rows or {})
-    loss = NextItemLoss(config.loss.name, temperature=config.loss.temperature)
-    model = MODELS[config.model.name](config.model, num_items=num_items, loss=loss)
+    model = build_model(config, num_items=num_items, ids=semantic_ids_of(config))
     is_muon = config.dense_optimizer.name == "muon"
     job = describe_job(
         model,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from muonrec import checkpoint
 from muonrec.config import load_config
 from muonrec.data.manifest import Manifest
+from muonrec.data.semantic_ids import SemanticIds
 from pipeline.data import deciding_settings
 
 if TYPE_CHECKING:
@@ -120,4 +122,24 @@ def check_trained_on(
             f"{source} was trained on data that {config.data.output} extends, and not on what it holds now; to train "
             f"on from its weights with the new data, pass output=another/folder init_from={config.output}; to go on "
             "with the old, pass data.output=its/folder"
+        )
+
+
+def check_same_codes(source: Path, progress: Mapping[str, Any], ids: SemanticIds | None) -> None:
+    """Refuse weights whose tokens mean other items than ``ids`` say.
+
+    Args:
+        source: of the weights, for the message.
+        progress: what their checkpoint says of itself.
+        ids: the codes now; None for a model that has none.
+
+    Raises:
+        ValueError: says which codes the weights were trained with.
+    """
+    found = progress.get("semantic_ids")
+    if ids is not None and found != ids.fingerprint:
+        raise ValueError(
+            f"{source} was trained with other semantic IDs ({(found or 'none')[:12]}) than data.semantic_ids has now "
+            f"({ids.fingerprint[:12]}): its tokens mean other items; make those IDs again, or pass "
+            "output=another/folder to start anew"
         )

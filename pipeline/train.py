@@ -20,23 +20,25 @@ from muonrec.batch import SequenceBatch
 from muonrec.config import Config, describe, load_config, name_only, to_yaml
 from muonrec.data.candidates import Candidates, CandidateSampler
 from muonrec.data.loader import TrainingBatches, evaluation_batches, seen_items
+from muonrec.data.semantic_ids import SemanticIds
 from muonrec.data.shards import Sequences, load_sequences
 from muonrec.embeddings.comms import CommsConfig
 from muonrec.embeddings.fused import check_tables
 from muonrec.embeddings.joined import AccumulatedStep, JoinedOptimizer, build_optimizer
 from muonrec.embeddings.sharding import DenseSharding, format_plan, shard_model
 from muonrec.embeddings.tables import TableConfig, initialize_tables, table_of
-from muonrec.losses import Loss, NextItemLoss
+from muonrec.generation import rank_held_out
+from muonrec.losses import Loss
 from muonrec.mesh import Ranks, join_ranks
 from muonrec.metrics import ranking_metrics
-from muonrec.models import MODELS, ModelConfig, SASRecConfig, ShardedEncoder
+from muonrec.models import MODELS, ModelConfig, SASRecConfig, TigerConfig, scorer_of
 from muonrec.optim import Schedule, format_routing
-from muonrec.retrieval import rank_targets
 from muonrec.runlog import Clock, RunLog, configure_logging, run_stage
 from muonrec.supervision import Supervision
+from pipeline.building import as_read_by, build_model, make_tokenizer, semantic_ids_of
 from pipeline.data import DataConfig, check_same_data
 from pipeline.plan import parse_ranks, parse_rows, print_plan
-from pipeline.resuming import check_output, check_trained_on, choose_checkpoints, first_items
+from pipeline.resuming import check_output, check_same_codes, check_trained_on, choose_checkpoints, first_items
 
 logger = logging.getLogger(__name__)
 
@@ -108,6 +110,7 @@ class LossConfig(Config):
             "full_softmax": "all",
             "in_batch_softmax": "in_batch",
             "bce": "per_target",
+            "token_softmax": "none",
         }
         return by_loss.get(self.name, self.negatives)
 
@@ -147,6 +150,8 @@ class TrainConfig(Config):
         accumulate_steps: micro-batches that a global batch is computed in. The dense gradients are those of the whole
             batch. FBGEMM updates its tables in the backward pass, hence at every micro-batch, by that one's part of the
             batch's gradient; with row-wise Adagrad that is not the update of the sum.
+        routing: ``[pattern, optimizer]`` in order, for parameters whose role should not decide; ``muon_whole`` is Muon
+            on a fused matrix (a GRU's gates, q, k and v) as it stands, and not in the blocks that its role knows.
         precision: ``bf16`` runs the forward pass under `torch.autocast`; weights, optimizers and tables stay float32.
             There is no fp16: it needs a GradScaler, and the fused tables would take the scaled gradients.
     """
@@ -161,7 +166,7 @@ class TrainConfig(Config):
     comms: CommsConfig = CommsConfig()
     dense_optimizer: DenseOptimizerConfig = MuonConfig()
     adamw: AdamWConfig = AdamWConfig()
-    routing: list[tuple[str, Literal["muon", "adamw"]]] = []
+    routing: list[tuple[str, Literal["muon", "muon_whole", "adamw"]]] = []
     schedule: Annotated[ScheduleConfig, BeforeValidator(name_only)] = ScheduleConfig()
     schedules: dict[Literal["tables", "dense", "adamw"], ScheduleConfig] = {}
     max_grad_norm: float | None = Field(default=None, gt=0)
@@ -181,6 +186,15 @@ class TrainConfig(Config):
     def _one_length(self) -> TrainConfig:
         if (self.num_epochs is None) == (self.num_steps is None):
             raise ValueError(f"give num_epochs or num_steps, one of them; found {self.num_epochs} and {self.num_steps}")
+        return self
+
+    @model_validator(mode="after")
+    def _loss_of_the_model(self) -> TrainConfig:
+        taken = MODELS[self.model.name].losses
+        if self.loss.name not in taken:
+            raise ValueError(
+                f"model {self.model.name} learns by {' or '.join(taken)}, found loss {self.loss.name}; set loss.name"
+            )
         return self
 
     @model_validator(mode="after")
@@ -321,6 +335,7 @@ class Run:
     config: TrainConfig
     ranks: Ranks
     sequences: Sequences
+    ids: SemanticIds | None
     loader: TrainingBatches
     model: DistributedModelParallel
     optimizer: JoinedOptimizer
@@ -334,10 +349,11 @@ class Run:
         check_output(config)
         sequences = load_sequences(config.data.output)
         check_same_data(config.data, sequences.manifest)
-        loader = make_loader(config, sequences, ranks)
+        ids = semantic_ids_of(config)
+        loader = make_loader(config, sequences, ranks, ids)
         steps_per_epoch = -(-loader.steps_per_epoch // config.accumulate_steps)
         num_steps = config.num_steps or (config.num_epochs or 0) * steps_per_epoch
-        model, plan = make_model(config, sequences, ranks)
+        model, plan = make_model(config, sequences, ranks, ids)
         tables = check_tables(model, config.tables)
         optimizer = make_optimizer(config, model)
         routing, plan_text = format_routing(optimizer.routing), format_plan(plan)
@@ -360,7 +376,7 @@ class Run:
             for part, key in _SCHEDULED.items()
             if part in optimizer.parts
         }
-        return cls(config, ranks, sequences, loader, model, optimizer, num_steps, steps_per_epoch, schedules)
+        return cls(config, ranks, sequences, ids, loader, model, optimizer, num_steps, steps_per_epoch, schedules)
 
     def resume(self, root: Path) -> tuple[int, Best]:
         """Load the newest checkpoint below ``root`` that can be used; without any, start from ``init_from``.
@@ -385,7 +401,9 @@ class Run:
 
     def load_own(self, folder: Path) -> dict[str, Any]:
         """Load everything from a checkpoint of this run; its progress."""
-        check_trained_on(folder, checkpoint.read_progress(folder)["data"], self.sequences.manifest, self.config)
+        progress = checkpoint.read_progress(folder)
+        check_trained_on(folder, progress["data"], self.sequences.manifest, self.config)
+        check_same_codes(folder, progress, self.ids)
         return checkpoint.load(folder, self.model, self.optimizer)
 
     def initialize_from(self, source: Path) -> None:
@@ -424,7 +442,9 @@ class Run:
 
     def load_weights(self, folder: Path) -> dict[str, Any]:
         """Load weights and the tables' state from a checkpoint of another run; its progress."""
-        grows = self.growing_tables(folder, checkpoint.read_progress(folder)["data"])
+        progress = checkpoint.read_progress(folder)
+        grows = self.growing_tables(folder, progress["data"])
+        check_same_codes(folder, progress, self.ids)
         return checkpoint.load(folder, self.model, self.optimizer.parts["tables"], grows=grows)
 
     def growing_tables(self, source: Path, fingerprint: str) -> list[str]:
@@ -482,6 +502,7 @@ class Run:
             "seed": self.config.seed,
             "best": dataclasses.asdict(best),
             "data": self.sequences.manifest.fingerprint,
+            **({} if self.ids is None else {"semantic_ids": self.ids.fingerprint}),
         }
         files = {"resolved.yaml": to_yaml(self.config)}
         writer.save(step, self.model, self.optimizer, best=best.step, progress=progress, files=files)
@@ -497,9 +518,10 @@ class Run:
             ranks=self.ranks,
             max_users=settings.max_users,
         )
-        encoder = ShardedEncoder(self.model, num_items=self.sequences.num_items, device=self.ranks.device)
+        scorer = scorer_of(self.model, num_items=self.sequences.num_items, device=self.ranks.device)
         seen = (lambda user_ids: seen_items(self.sequences, user_ids, "valid")) if settings.mask_seen else None
-        ranked = rank_targets(encoder, batches, ranks=self.ranks, mask_seen=seen)
+        batches = as_read_by(scorer, batches, self.sequences, "valid")
+        ranked = rank_held_out(scorer, batches, ranks=self.ranks, mask_seen=seen)
         return {f"valid_{name}": value for name, value in ranking_metrics(ranked, k=(10,)).items()}
 
 
@@ -521,8 +543,10 @@ class Best:
         return bool(patience) and self.stale >= patience
 
 
-def make_loader(config: TrainConfig, sequences: Sequences, ranks: Ranks) -> TrainingBatches:
-    """The training batches ``config`` asks for."""
+def make_loader(
+    config: TrainConfig, sequences: Sequences, ranks: Ranks, ids: SemanticIds | None = None
+) -> TrainingBatches:
+    """The training batches ``config`` asks for, in codes for a model that reads those."""
     sampler = CandidateSampler(
         config.loss.candidates,
         num_items=sequences.num_items,
@@ -535,18 +559,21 @@ def make_loader(config: TrainConfig, sequences: Sequences, ranks: Ranks) -> Trai
         batch_size=config.batch_size // config.accumulate_steps,
         max_length=config.model.max_length,
         sampler=sampler,
-        needs_targets=config.loss.name != "full_softmax",
+        needs_targets=config.loss.name not in ("full_softmax", "token_softmax"),
         seed=config.seed,
         ranks=ranks,
         num_streams=config.num_streams,
+        samples=config.model.samples if isinstance(config.model, TigerConfig) else "users",
+        finish=None if ids is None else make_tokenizer(config, ids).for_training,
     )
 
 
-def make_model(config: TrainConfig, sequences: Sequences, ranks: Ranks) -> tuple[DistributedModelParallel, Any]:
+def make_model(
+    config: TrainConfig, sequences: Sequences, ranks: Ranks, ids: SemanticIds | None = None
+) -> tuple[DistributedModelParallel, Any]:
     """The sharded model with its initial weights, which depend on the seed alone, and the sharding plan."""
     torch.manual_seed(config.seed)
-    loss = NextItemLoss(config.loss.name, temperature=config.loss.temperature)
-    model = MODELS[config.model.name](config.model, num_items=sequences.num_items, loss=loss)
+    model = build_model(config, num_items=sequences.num_items, ids=ids)
     if config.precision == "bf16":
         # The forward pass alone: autocast around the optimizer would change Newton-Schulz.
         model.forward = torch.autocast(ranks.device.type, torch.bfloat16)(model.forward)  # type: ignore[method-assign]
@@ -576,8 +603,8 @@ def make_optimizer(config: TrainConfig, model: DistributedModelParallel) -> Join
     )
 
 
-def load_run(folder: str | Path, which: str, ranks: Ranks) -> tuple[ShardedEncoder, TrainConfig, Sequences, int]:
-    """A trained run's encoder, config, data set and step; every rank must call it.
+def load_run(folder: str | Path, which: str, ranks: Ranks) -> tuple[Any, TrainConfig, Sequences, int]:
+    """A trained run's scorer (`scorer_of`), config, data set and step; every rank must call it.
 
     Args:
         folder: a run's output.
@@ -596,18 +623,20 @@ def load_run(folder: str | Path, which: str, ranks: Ranks) -> tuple[ShardedEncod
     config = load_config(TrainConfig, resolved)
     folders = choose_checkpoints(folder, which)
     sequences = load_sequences(config.data.output)
-    model, _ = make_model(for_evaluation(config, ranks), sequences, ranks)
+    ids = semantic_ids_of(config)
+    model, _ = make_model(for_evaluation(config, ranks), sequences, ranks, ids)
 
     def load(folder: Path) -> int:
         progress = checkpoint.read_progress(folder)
         check_trained_on(folder, progress["data"], sequences.manifest, config)
+        check_same_codes(folder, progress, ids)
         checkpoint.load(folder, model)
         return progress["step"]
 
     used = checkpoint.use_first(folders, load)
     assert used is not None
-    encoder = ShardedEncoder(model, num_items=sequences.num_items, device=ranks.device)
-    return encoder, config, sequences, used.result
+    scorer = scorer_of(model, num_items=sequences.num_items, device=ranks.device)
+    return scorer, config, sequences, used.result
 
 
 def for_evaluation(config: TrainConfig, ranks: Ranks) -> TrainConfig:

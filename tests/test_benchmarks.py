@@ -3,6 +3,7 @@
 import argparse
 import statistics
 
+from benchmarks import generation
 from benchmarks.table_rows import make_up, plain_step, timed, training_steps
 from tests.distributed.ranks import run_on_ranks
 from tests.embeddings.test_sharding import this_rank
@@ -20,3 +21,8 @@ def test_the_step_does_not_grow_with_the_table_and_that_of_a_dense_one_does():
     (few, plain_few), (many, plain_many) = (run_on_ranks(1, processor_s, rows)[0] for rows in (10_000, 1_000_000))
     assert many < 2 * few  # seen: 1.0 to 1.1; time of the processor, whatever else runs
     assert plain_many > 10 * plain_few
+
+
+def test_the_beam_search_finds_what_dicts_and_loops_find(capsys):
+    rates = generation.main("--items 200 --levels 3 --codebook 8 --beams 6 --users 5 --width 8 --rounds 1".split())
+    assert len(rates) == 4 and all(rate > 0 for rates in rates.values() for rate in rates)

@@ -63,13 +63,21 @@ def test_all_items_tied_gives_the_chance_of_a_random_list():
 
 
 def test_ranking_metrics_are_the_means_of_every_metric_per_user():
-    ranked = SimpleNamespace(num_greater=np.array([1, 30]), num_equal=np.array([0, 0]))
+    ranked = SimpleNamespace(num_greater=np.array([1, 30]), num_equal=np.array([0, 0]), list_length=None)
     found = metrics.ranking_metrics(ranked, k=[5, 10])
     assert set(found) == {"recall@5", "ndcg@5", "mrr@5", "recall@10", "ndcg@10", "mrr@10", "mrr"}
     assert found["recall@10"] == 0.5
     assert found["ndcg@10"] == metrics.ndcg_at(10, ranked.num_greater, ranked.num_equal).mean()
     with pytest.raises(ValueError, match="metrics of 0 users"):
         metrics.ranking_metrics(SimpleNamespace(num_greater=np.array([]), num_equal=np.array([])), k=[5])
+
+
+def test_lists_claim_nothing_beyond_their_length():
+    ranked = SimpleNamespace(num_greater=np.array([1, 10]), num_equal=np.array([0, 0]), list_length=10)
+    found = metrics.ranking_metrics(ranked, k=[5, 10])
+    assert "mrr" not in found and found["mrr@10"] == 0.25 and found["recall@10"] == 0.5
+    with pytest.raises(ValueError, match="the first 20 places were asked, but the lists have 10"):
+        metrics.ranking_metrics(ranked, k=[5, 20])
 
 
 def test_counts_of_different_users_are_refused():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import html.parser
 import json
 from pathlib import Path
@@ -255,12 +256,22 @@ def test_first_reaching_is_not_taken_in_by_one_lucky_evaluation():
 
 
 def test_ranks_survive_the_file(tmp_path):
-    ranked = Ranked({"user_id": np.arange(3), "target": np.array([5, 6, 7])}, PROTOCOL)
+    ranked = Ranked({"user_id": np.arange(3), "target": np.array([5, 6, 7])}, PROTOCOL, list_length=50)
     write_ranks(tmp_path / "ranks.parquet", ranked)
     (tmp_path / "resolved.yaml").write_text("seed: 0\n")
     found = read_run(tmp_path).ranked
-    assert found.protocol == PROTOCOL
+    assert found.protocol == PROTOCOL and found.list_length == 50
     np.testing.assert_array_equal(found.columns["target"], [5, 6, 7])
+
+
+def test_a_run_of_lists_is_paired_up_to_their_length(tmp_path):
+    control, arm = read_runs([make_run(tmp_path / "control"), make_run(tmp_path / "arm")])
+    arm = dataclasses.replace(arm, ranked=dataclasses.replace(arm.ranked, list_length=20))
+    assert paired_differences(control, arm, ["recall@20", "mrr@10"]).keys() == {"recall@20", "mrr@10"}
+    with pytest.raises(ValueError, match="mrr of control and arm was asked, but one of them ranked lists alone"):
+        paired_differences(control, arm, ["ndcg@10", "mrr"])
+    with pytest.raises(ValueError, match="the first 50 places were asked, but the lists have 20"):
+        paired_differences(control, arm, ["ndcg@50"])
 
 
 def test_groups_without_users_are_left_out(tmp_path):

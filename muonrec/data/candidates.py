@@ -9,7 +9,7 @@ from typing import Literal
 
 import numpy as np
 
-Candidates = Literal["all", "in_batch", "uniform", "popularity", "mixed", "per_target"]
+Candidates = Literal["none", "all", "in_batch", "uniform", "popularity", "mixed", "per_target"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,12 +20,12 @@ class CandidateSampler:
     per virtual stream (a function of ``seed``, ``step`` and the stream), so neither depends on the number of ranks.
 
     Args:
-        kind: ``all`` items; ``in_batch``: the other targets of the rank's share; ``uniform`` or ``popularity``
-            (training counts to the power of 0.75, Mikolov et al. 2013) or ``mixed`` (each uniform or by training
-            counts at even odds, as in-batch and uniform negatives together are; Yang et al. 2020): ``count`` shared
-            negatives, drawn with replacement; ``per_target``: ``count`` uniform negatives for each target.
+        kind: ``none``; ``all`` items; ``in_batch``: the other targets of the rank's share; ``uniform`` or
+            ``popularity`` (training counts to the power of 0.75, Mikolov et al. 2013) or ``mixed`` (each uniform or by
+            training counts at even odds, as in-batch and uniform negatives together are; Yang et al. 2020): ``count``
+            shared negatives, drawn with replacement; ``per_target``: ``count`` uniform negatives for each target.
         num_items: rows of the item table.
-        count: negatives, ignored for ``all`` and ``in_batch``.
+        count: negatives, ignored for ``none``, ``all`` and ``in_batch``.
         item_counts: int64 ``[num_items]``, occurrences in the training events; for ``popularity`` and ``in_batch``.
         seed: of the draws.
 

@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 from pydantic import Field
 
 from muonrec.config import Config
+from muonrec.data.json_sequences import json_sequence_chunks
 from muonrec.data.rejected import OnRejected, refuse
 from muonrec.data.sift import SHOWN_CHARACTERS, Rejects, around, shown, sift
 from muonrec.data.text import (
@@ -53,6 +54,13 @@ class SequencesSource(Config):
     """A line per user: the user's id, then the ids of the items in order. Such files have no times."""
 
     format: Literal["sequences"]
+    path: str
+
+
+class JsonSequencesSource(Config):
+    """One JSON object: user id -> ids of the items in order. Such files have no times, and are read as a whole."""
+
+    format: Literal["json_sequences"]
     path: str
 
 
@@ -121,7 +129,9 @@ class MovielensSource(Config):
     accept_terms: bool = False
 
 
-FileSource: TypeAlias = SequencesSource | RecboleSource | CsvSource | ParquetSource | AmazonSource | MovielensSource
+FileSource: TypeAlias = (
+    SequencesSource | JsonSequencesSource | RecboleSource | CsvSource | ParquetSource | AmazonSource | MovielensSource
+)
 
 
 @dataclass(frozen=True)
@@ -188,6 +198,17 @@ def read_sequences(
     return _files_reader(source.path, _sequence_chunks, on_rejected, on_share)
 
 
+def read_json_sequences(
+    source: JsonSequencesSource, *, on_rejected: OnRejected = refuse, on_share: OnShare | None = None
+) -> pa.RecordBatchReader:
+    """Stream a JSON object of a user per entry; as `read_sequences`, where a line is an entry, counted from 1.
+
+    Raises:
+        ValueError: file missing or empty, no JSON object, or one without entries.
+    """
+    return _files_reader(source.path, json_sequence_chunks, on_rejected, on_share)
+
+
 def read_recbole(
     source: RecboleSource, *, on_rejected: OnRejected = refuse, on_share: OnShare | None = None
 ) -> pa.RecordBatchReader:
@@ -242,6 +263,7 @@ def read_movielens(
 
 READERS: dict[str, Callable[..., pa.RecordBatchReader]] = {
     "sequences": read_sequences,
+    "json_sequences": read_json_sequences,
     "recbole": read_recbole,
     "csv": read_csv,
     "parquet": read_parquet,

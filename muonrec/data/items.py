@@ -27,7 +27,7 @@ from pydantic import Field
 
 from muonrec.config import Config
 from muonrec.data.rejected import OnRejected, refuse
-from muonrec.data.sift import BROKEN, SHOWN_CHARACTERS, Rejects
+from muonrec.data.sift import BROKEN, SHOWN_CHARACTERS, Rejects, is_encodable
 from muonrec.data.text import (
     Chunk,
     OnShare,
@@ -447,7 +447,7 @@ def _id_of(record: Record, names: Sequence[str]) -> str:
         raise _Fault("no_item_id", f"field {name!r} is empty; every row needs the item it describes")
     if not isinstance(value, str):
         raise _Fault("wrong_type", f"field {name!r} is {_shown(value)}, expected a string")
-    if BROKEN in value or not _is_encodable(value):
+    if BROKEN in value or not is_encodable(value):
         raise _Fault("not_utf8", f"field {name!r} is not UTF-8 text")
     return value
 
@@ -506,16 +506,7 @@ def _plain(text: str) -> str:
     if "<" in text:
         text = _TAG.sub(" ", text)
     text = " ".join(text.replace("\0", " ").replace(BROKEN, "\ufffd").split())
-    return text if _is_encodable(text) else text.encode(errors="replace").decode()
-
-
-def _is_encodable(text: str) -> bool:
-    """Whether the text is one that UTF-8 knows: JSON may hold halves of characters."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+    return text if is_encodable(text) else text.encode(errors="replace").decode()
 
 
 def _shown(value: Any) -> str:

@@ -19,25 +19,30 @@ from muonrec.data.shards import Sequences
 from muonrec.mesh import Ranks
 
 Part = Literal["valid", "test"]
+Samples = Literal["users", "prefixes"]
 
 
 class TrainingBatches:
     """The rank's shares of global batches ``start_step`` .. ``num_steps``, in order.
 
-    Users with at least two training events are dealt to ``num_streams`` virtual streams (user row modulo the number of
-    streams); each stream is shuffled anew every epoch; global batch t takes the next ``batch_size / num_streams`` users
-    of every stream; stream s is served by rank ``s % num_ranks``. So a batch depends on the seed and on t, never on the
-    number of ranks or on where an earlier run stopped. The last batch of an epoch holds what is left.
+    A sample is a user with all of its training events, or with ``prefixes`` one of them and those before it: the first
+    predict every event, the second the last alone. Samples of users with at least two training events are dealt to
+    ``num_streams`` virtual streams (their row modulo the number of streams); each stream is shuffled anew every epoch;
+    global batch t takes the next ``batch_size / num_streams`` of every stream; stream s is served by rank
+    ``s % num_ranks``. So a batch depends on the seed and on t, never on the number of ranks or on where an earlier run
+    stopped. The last batch of an epoch holds what is left.
 
     Args:
         sequences: the data set.
-        batch_size: users of a *global* batch, a multiple of ``num_streams``.
+        batch_size: samples of a *global* batch, a multiple of ``num_streams``.
         max_length: events of a history that are kept, the latest ones.
         sampler: draws the candidates.
         needs_targets: whether the loss looks up the rows of the targets.
         seed: of the order.
         ranks: this rank among the others.
         num_streams: virtual streams, at least the number of ranks.
+        samples: ``users`` or ``prefixes``.
+        finish: what is done last to every batch, in the background thread.
 
     Raises:
         ValueError: sizes that do not fit together, or no user with two training events.
@@ -54,6 +59,8 @@ class TrainingBatches:
         seed: int,
         ranks: Ranks,
         num_streams: int = 32,
+        samples: Samples = "users",
+        finish: Callable[[SequenceBatch], SequenceBatch] | None = None,
     ) -> None:
         if batch_size % num_streams:
             raise ValueError(
@@ -67,7 +74,9 @@ class TrainingBatches:
         self._sampler = sampler
         self._needs_targets = needs_targets
         self._seed = seed
-        self._users_per_stream = batch_size // num_streams
+        self._samples = samples
+        self._finish = finish
+        self._samples_per_stream = batch_size // num_streams
         self._num_streams = num_streams
         self._my_streams = range(ranks.rank, num_streams, ranks.num_ranks)
 
@@ -76,8 +85,12 @@ class TrainingBatches:
             raise ValueError(
                 "no user has two training events, so there is nothing to learn; check the data set's split"
             )
-        self._streams = [trainable[stream::num_streams] for stream in range(num_streams)]
-        self.steps_per_epoch = -(-self._streams[0].size // self._users_per_stream)
+        # A sample is the index in ``values`` of its last target.
+        last = sequences.offsets[trainable] + sequences.num_train[trainable] - 1
+        if samples == "prefixes":
+            last = _ranges(sequences.offsets[trainable] + 1, sequences.num_train[trainable].astype(np.int64) - 1)
+        self._streams = [last[stream::num_streams] for stream in range(num_streams)]
+        self.steps_per_epoch = -(-self._streams[0].size // self._samples_per_stream)
         self._order: dict[int, np.ndarray] = {}
         self._order_epoch = -1
 
@@ -89,21 +102,22 @@ class TrainingBatches:
         """This rank's share of global batch ``step``."""
         epoch, index = divmod(step, self.steps_per_epoch)
         self._shuffle(epoch)
-        first = index * self._users_per_stream
-        slices = [self._order[stream][first : first + self._users_per_stream] for stream in self._my_streams]
-        users = np.concatenate(slices)
+        first = index * self._samples_per_stream
+        slices = [self._order[stream][first : first + self._samples_per_stream] for stream in self._my_streams]
+        last = np.concatenate(slices)
         streams = np.repeat(np.fromiter(self._my_streams, np.int64), [len(part) for part in slices])
 
-        # The last training event is only ever a target, so a user brings one event less than it has.
-        lengths = np.minimum(self._sequences.num_train[users] - 1, self._max_length)
+        # The last event is only ever a target, so a sample brings one event less than it has.
+        users = np.searchsorted(self._sequences.offsets, last, side="right") - 1
+        lengths = np.minimum(last - self._sequences.offsets[users], self._max_length)
         by_length = np.argsort(-lengths, kind="stable")
-        candidates = self._candidates(step, streams, lengths, by_length)
-        users, lengths = users[by_length], lengths[by_length]
-        ends = self._sequences.offsets[users] + self._sequences.num_train[users]
-        at = _ranges(ends - 1 - lengths, lengths)
-        labels = self._sequences.values[at + 1].astype(np.int64)
+        num_targets = lengths if self._samples == "users" else np.ones_like(lengths)
+        candidates = self._candidates(step, streams, num_targets, by_length)
+        last, users, lengths = last[by_length], users[by_length], lengths[by_length]
+        at = _ranges(last - lengths, lengths)
+        labels = self._sequences.values[at + 1 if self._samples == "users" else last].astype(np.int64)
 
-        return make_batch(
+        batch = make_batch(
             history=self._sequences.values[at].astype(np.int64),
             lengths=lengths,
             labels=labels,
@@ -113,15 +127,17 @@ class TrainingBatches:
             user_ids=self._sequences.user_ids[users],
             num_items=self._sequences.num_items,
             step=step,
+            num_targets=num_targets[by_length],
         )
+        return batch if self._finish is None else self._finish(batch)
 
-    def _candidates(self, step: int, streams: np.ndarray, lengths: np.ndarray, by_length: np.ndarray) -> np.ndarray:
+    def _candidates(self, step: int, streams: np.ndarray, counts: np.ndarray, by_length: np.ndarray) -> np.ndarray:
         if self._sampler.kind != "per_target":
             return self._sampler.shared(step)
         # Drawn in the order of the streams, then brought into the order of the batch's rows.
-        negatives = [self._sampler.per_target(step, s, int(lengths[streams == s].sum())) for s in self._my_streams]
-        starts = np.cumsum(lengths) - lengths
-        return np.concatenate(negatives)[_ranges(starts[by_length], lengths[by_length])].reshape(-1)
+        negatives = [self._sampler.per_target(step, s, int(counts[streams == s].sum())) for s in self._my_streams]
+        starts = np.cumsum(counts) - counts
+        return np.concatenate(negatives)[_ranges(starts[by_length], counts[by_length])].reshape(-1)
 
     def _shuffle(self, epoch: int) -> None:
         if epoch == self._order_epoch:
@@ -215,8 +231,12 @@ def make_batch(
     user_ids: np.ndarray,
     num_items: int,
     step: int,
+    num_targets: np.ndarray | None = None,
 ) -> SequenceBatch:
     """Assemble one SequenceBatch from arrays, rows in order of falling length.
+
+    Users bring a target for each event of the history, or ``num_targets``; any rows of them that the loss looks up are
+    ``targets``.
 
     Raises:
         ValueError: an id is outside the item table; names table, feature and id.
@@ -225,7 +245,8 @@ def make_batch(
     stride = max(len(lengths), 1)
     lengths_of = np.zeros((3, stride), dtype=np.int64)
     lengths_of[0, : len(lengths)] = lengths
-    lengths_of[1, : len(lengths)] = lengths if targets.size else 0
+    if targets.size:
+        lengths_of[1, : len(lengths)] = lengths if num_targets is None else num_targets
     lengths_of[2, 0] = candidates.size
     for feature, ids in ((HISTORY, history), (TARGETS, labels), (CANDIDATES, candidates)):
         check_ids(ids, table="item", feature=feature, num_embeddings=num_items)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow.parquet as pq
 import pydantic
@@ -19,6 +20,8 @@ SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
 ITEMS = "items.parquet"
 USERS = "users.parquet"
+
+ManifestT = TypeVar("ManifestT", bound=Config)
 
 
 class PartCounts(Config):
@@ -154,7 +157,7 @@ def describe_file(path: Path) -> FileEntry:
     return FileEntry(num_rows=pq.read_metadata(path).num_rows, num_bytes=path.stat().st_size, sha256=_sha256(path))
 
 
-def write_manifest(folder: Path, manifest: Manifest) -> None:
+def write_manifest(folder: Path, manifest: Config) -> None:
     """Commit the folder: the manifest appears whole or not at all."""
     partial = folder / f"{MANIFEST}.partial"
     with partial.open("w") as stream:
@@ -170,12 +173,29 @@ def read_manifest(folder: str | Path | UPath) -> Manifest:
     Raises:
         ValueError: the folder has none, or it is damaged or of another schema version.
     """
+    return read_committed(folder, Manifest, SCHEMA_VERSION, what="data set")
+
+
+def read_committed(
+    folder: str | Path | UPath, cls: type[ManifestT], schema_version: int | str, *, what: str
+) -> ManifestT:
+    """Read the manifest that `write_manifest` committed ``folder`` with.
+
+    Args:
+        folder: of whatever the data stage writes.
+        cls: of the manifest, which has a ``schema_version``.
+        schema_version: the only one that is read.
+        what: the folder should be, for the messages.
+
+    Raises:
+        ValueError: the folder has none, or it is damaged or of another schema version.
+    """
     path = place(folder) / MANIFEST
     try:
         text = read_bytes(path)
     except (FileNotFoundError, NotADirectoryError):
         found = "has no manifest.json" if not isinstance(path, Path) or path.parent.is_dir() else "does not exist"
-        raise ValueError(f"{folder} is not a data set: it {found}; run python -m pipeline.data CONFIG") from None
+        raise ValueError(f"{folder} is not a {what}: it {found}; run python -m pipeline.data CONFIG") from None
     except OSError as error:
         raise ValueError(f"{error}; see whether the place is reached from here") from None
     try:
@@ -183,13 +203,13 @@ def read_manifest(folder: str | Path | UPath) -> Manifest:
         version = tree.get("schema_version") if isinstance(tree, dict) else None
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}); run python -m pipeline.data CONFIG again") from None
-    if version != SCHEMA_VERSION:
+    if version != schema_version:
         raise ValueError(
-            f"{path} has schema version {version}, this muonrec reads {SCHEMA_VERSION}; "
+            f"{path} has schema version {version}, this muonrec reads {schema_version}; "
             "run python -m pipeline.data CONFIG again"
         )
     try:
-        return Manifest.model_validate(tree)
+        return cls.model_validate(tree)
     except pydantic.ValidationError as error:
         faults = ", ".join(".".join(map(str, fault["loc"])) for fault in error.errors())
         raise ValueError(f"{path} is damaged at {faults}; run python -m pipeline.data CONFIG again") from None
@@ -202,7 +222,13 @@ def verify_dataset(folder: str | Path | UPath, *, verify_hashes: bool = False) -
         ValueError: names the first file that differs.
     """
     manifest = read_manifest(folder)
-    for name, entry in manifest.files.items():
+    verify_files(folder, manifest.files, verify_hashes=verify_hashes)
+    return manifest
+
+
+def verify_files(folder: str | Path | UPath, files: Mapping[str, FileEntry], *, verify_hashes: bool = False) -> None:
+    """Check the committed ``files`` of ``folder`` as `verify_dataset` does. Raises ValueError."""
+    for name, entry in files.items():
         path = place(folder) / name
         try:
             num_bytes = size_of(path)
@@ -222,7 +248,6 @@ def verify_dataset(folder: str | Path | UPath, *, verify_hashes: bool = False) -
                 f"{path} has sha256 {found[:12]}... but the manifest says {entry.sha256[:12]}...; "
                 "copy it again or run python -m pipeline.data CONFIG again"
             )
-    return manifest
 
 
 def _sha256(path: Path | UPath) -> str:

@@ -25,7 +25,9 @@ _PARTIAL, _PREVIOUS = ".partial-", ".previous-"
 
 
 @contextlib.contextmanager
-def replaced_folder(output: Path | UPath, *, scratch: Path | None = None) -> Iterator[Path]:
+def replaced_folder(
+    output: Path | UPath, *, scratch: Path | None = None, setting: str = "data.output"
+) -> Iterator[Path]:
     """Yield an empty folder here, whose files take the place of ``output`` if the block ends well and vanish if not.
 
     A sibling that is renamed; for an object store, a folder of ``scratch`` that is copied there, the manifest last.
@@ -34,17 +36,18 @@ def replaced_folder(output: Path | UPath, *, scratch: Path | None = None) -> Ite
     Args:
         output: where the data set shall be.
         scratch: an existing folder, for object stores only; the system's temporary folder where not given.
+        setting: that names ``output``, for the messages.
 
     Raises:
         ValueError: ``output`` holds files that no manifest lists: replacing it would destroy somebody's work.
     """
     if not isinstance(output, Path):
-        check_replaceable(output)
+        check_replaceable(output, setting)
         with tempfile.TemporaryDirectory(prefix="muonrec-data-", dir=scratch) as folder:
             yield Path(folder)
             publish(Path(folder), output, commit=MANIFEST)
         return
-    check_replaceable(output)
+    check_replaceable(output, setting)
     output.parent.mkdir(parents=True, exist_ok=True)
     partial, lock = _locked_sibling(output)
     try:
@@ -121,14 +124,14 @@ def _is_abandoned(partial: Path) -> bool:
     return True
 
 
-def check_replaceable(output: Path | UPath) -> None:
+def check_replaceable(output: Path | UPath, setting: str) -> None:
     """Refuse an ``output`` that is a file or holds files that its manifest does not list, by ValueError."""
     if not isinstance(output, Path):
         found, ours = names_in(output), published(output, commit=MANIFEST)
     elif not output.exists():
         return
     elif not output.is_dir():
-        raise ValueError(f"output {output} is a file; pass a folder as data.output")
+        raise ValueError(f"output {output} is a file; pass a folder as {setting}")
     else:
         found, ours = sorted(path.name for path in output.iterdir()), set()
         if (output / MANIFEST).is_file():
@@ -137,5 +140,5 @@ def check_replaceable(output: Path | UPath) -> None:
     if foreign := [name for name in found if name not in ours]:
         raise ValueError(
             f"output {output} holds {', '.join(foreign[:5])}, which no manifest of a data set lists; "
-            "pass another folder as data.output or move them away"
+            f"pass another folder as {setting} or move them away"
         )

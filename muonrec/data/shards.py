@@ -191,7 +191,7 @@ def load_sequences(folder: str | Path | UPath, *, verify_hashes: bool = False, t
     """
     folder = place(folder)
     manifest = verify_dataset(folder, verify_hashes=verify_hashes)
-    counts = _read_table(folder / ITEMS, ["num_train_events"]).column(0).to_numpy()
+    counts = read_table(folder / ITEMS, ["num_train_events"]).column(0).to_numpy()
     if len(counts) != manifest.num_items:
         raise ValueError(
             _damaged(folder / ITEMS, f"has {len(counts)} items but the manifest counts {manifest.num_items}")
@@ -253,7 +253,7 @@ def load_items(folder: str | Path | UPath, *, columns: Sequence[str] | None = No
         raise ValueError(
             f"{folder} has no item metadata; name its source as data.items and run python -m pipeline.data"
         )
-    table = _read_table(path)
+    table = read_table(path)
     if unknown := sorted(set(columns or ()) - set(table.column_names)):
         names = ", ".join(table.column_names)
         raise ValueError(f"{path} has no column {', '.join(map(repr, unknown))}; it has {names}")
@@ -418,7 +418,7 @@ def _is_tied(block: pa.Table) -> np.ndarray:
 
 def _read_shard(path: Path | UPath, manifest: Manifest, timestamps: bool) -> dict[str, np.ndarray]:
     names = ["user_id", "item_ids", "num_train", "num_valid", "num_test"] + ["timestamps_s"] * timestamps
-    table = _read_table(path, names).combine_chunks()
+    table = read_table(path, names).combine_chunks()
     items = _only_chunk(table, "item_ids")
     shard = {name: table.column(name).to_numpy() for name in ("user_id", "num_train", "num_valid", "num_test")}
     shard["length"] = np.diff(items.offsets.to_numpy())
@@ -433,7 +433,7 @@ def _read_shard(path: Path | UPath, manifest: Manifest, timestamps: bool) -> dic
     return shard
 
 
-def _read_table(path: Path | UPath, columns: Sequence[str] | None = None) -> pa.Table:
+def read_table(path: Path | UPath, columns: Sequence[str] | None = None) -> pa.Table:
     """The table of a Parquet file, wherever it is. Raises ValueError, which names it."""
     try:
         return pq.read_table(parquet_of(path), columns=columns)

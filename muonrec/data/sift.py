@@ -104,6 +104,20 @@ def sift(
     return ids[0].filter(kept), ids[1].filter(kept), seconds.filter(kept)
 
 
+def as_encodable(text: str) -> str:
+    """The text, or `BROKEN` where it is none that UTF-8 knows: JSON may hold halves of characters."""
+    return text if is_encodable(text) else BROKEN
+
+
+def is_encodable(text: str) -> bool:
+    """Whether UTF-8 knows all characters of the text."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def is_broken(values: pa.Array) -> np.ndarray:
     """Which texts held bytes that are not UTF-8."""
     if not (pa.types.is_string(values.type) or pa.types.is_large_string(values.type)):

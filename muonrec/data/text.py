@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import csv
 import glob
+import hashlib
 import io
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -46,6 +47,16 @@ def source_files(path: str, *, setting: str = "data.source") -> list[Path]:
         found = "is a folder" if Path(path).is_dir() else "does not exist"
         raise ValueError(f"source {path} {found}; pass a file, or a glob that matches files, as {setting}.path=...")
     return files
+
+
+def describe_sources(files: Sequence[Path]) -> list[dict[str, Any]]:
+    """What identifies each of the files: path, size and sha256."""
+    described = []
+    for path in files:
+        with path.open("rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        described.append({"path": str(path), "num_bytes": path.stat().st_size, "sha256": digest})
+    return described
 
 
 def read_files(
@@ -158,6 +169,19 @@ def text_blocks(
 def unreadable(path: Path, error: Exception) -> str:
     """What to say of a file that cannot be cut into rows."""
     return f"{path} cannot be read: {error}; check its format, its delimiter, and that the file is whole"
+
+
+def read_text(path: Path) -> str:
+    """The whole of a file that may be compressed, and is no rows; `BROKEN` stands for what is not UTF-8.
+
+    Raises:
+        ValueError: the file cannot be read.
+    """
+    try:
+        with pa.OSFile(str(path)) as file, _decompressed(file, path) as stream:
+            return _as_utf8(stream.read().removeprefix(_UTF8_BOM), "utf-8").decode()
+    except (pa.ArrowInvalid, OSError) as error:
+        raise ValueError(unreadable(path, error)) from None
 
 
 def _as_utf8(block: bytes, encoding: str) -> bytes:

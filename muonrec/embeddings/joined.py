@@ -203,8 +203,8 @@ def build_optimizer(
         matrices: with ``muon=None``, arguments of the AdamW that updates the matrices.
         dense_tables: arguments of TorchRec's `RowWiseAdagrad` for ``data_parallel`` tables, whose copies DDP keeps
             equal and which no backward pass updates; needed where there are any.
-        overrides: ordered ``(pattern, "muon" | "adamw")``, or a `Role` with blocks of its own in place of the name; the
-            first that matches a name wins.
+        overrides: ordered ``(pattern, "muon" | "muon_whole" | "adamw")``, or a `Role` with blocks of its own in place
+            of the name; the first that matches a name wins.
         max_grad_norm: of AdamW's parameters, see `DenseOptimizer`.
 
     Raises:

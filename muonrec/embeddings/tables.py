@@ -14,7 +14,7 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.modules.embedding_configs import DataType, EmbeddingBagConfig, EmbeddingConfig, data_type_to_dtype
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 
-from muonrec.batch import CANDIDATES, HISTORY, TARGETS
+from muonrec.batch import CANDIDATES, HISTORY, TARGETS, USER
 from muonrec.config import Config
 
 SparseOptimizer = Literal["rowwise_adagrad", "adagrad", "sgd", "partial_rowwise_adam", "adam"]
@@ -135,14 +135,22 @@ class TableConfig(Config):
 
 def item_table(num_items: int, embedding_dim: int) -> EmbeddingCollection:
     """The table ``item`` with its three features, on the meta device: `DistributedModelParallel` makes the shards."""
-    config = EmbeddingConfig(
-        name="item",
-        num_embeddings=num_items,
-        embedding_dim=embedding_dim,
-        feature_names=[HISTORY, TARGETS, CANDIDATES],
-    )
+    return _collection({"item": (num_items, [HISTORY, TARGETS, CANDIDATES])}, embedding_dim)
+
+
+def token_tables(num_tokens: int, num_user_tokens: int, embedding_dim: int) -> EmbeddingCollection:
+    """The tables ``token``, with the same three features, and ``user``, with one; on the meta device."""
+    tables = {"token": (num_tokens, [HISTORY, TARGETS, CANDIDATES]), "user": (num_user_tokens, [USER])}
+    return _collection(tables, embedding_dim)
+
+
+def _collection(tables: Mapping[str, tuple[int, list[str]]], embedding_dim: int) -> EmbeddingCollection:
+    configs = [
+        EmbeddingConfig(name=name, num_embeddings=rows, embedding_dim=embedding_dim, feature_names=features)
+        for name, (rows, features) in tables.items()
+    ]
     # A device given as a string breaks materialisation: torchrec compares it with a torch.device.
-    return EmbeddingCollection(tables=[config], device=torch.device("meta"))
+    return EmbeddingCollection(tables=configs, device=torch.device("meta"))
 
 
 def table_configs(model: nn.Module) -> Iterator[tuple[str, EmbeddingConfig | EmbeddingBagConfig]]:

@@ -5,10 +5,18 @@ from typing import TYPE_CHECKING, Annotated, Any, Union
 from pydantic import BeforeValidator, Field
 
 from muonrec.config import name_only
-from muonrec.models.encoder import ShardedEncoder
+from muonrec.models.caser import Caser, CaserConfig
+from muonrec.models.encoder import ShardedEncoder, scorer_of
+from muonrec.models.gru4rec import GRU4Rec, GRU4RecConfig
 from muonrec.models.sasrec import SASRec, SASRecConfig
+from muonrec.models.tiger import ShardedDecoder, Tiger, TigerConfig
 
-MODELS: dict[str, Any] = {"sasrec": SASRec}
+MODELS: dict[str, Any] = {
+    "sasrec": SASRec,
+    "gru4rec": GRU4Rec,
+    "caser": Caser,
+    "tiger": Tiger,
+}
 
 if TYPE_CHECKING:
     ModelConfig = Any
@@ -20,4 +28,18 @@ else:
         BeforeValidator(name_only),
     ]
 
-__all__ = ["MODELS", "ModelConfig", "SASRec", "SASRecConfig", "ShardedEncoder"]
+__all__ = [
+    "MODELS",
+    "Caser",
+    "CaserConfig",
+    "GRU4Rec",
+    "GRU4RecConfig",
+    "ModelConfig",
+    "SASRec",
+    "SASRecConfig",
+    "ShardedDecoder",
+    "ShardedEncoder",
+    "Tiger",
+    "TigerConfig",
+    "scorer_of",
+]

@@ -1,8 +1,10 @@
-"""ShardedEncoder: users and items of a sharded model as vectors, as the retrieval wants them."""
+"""What of a trained, sharded model is ranked: users and items as vectors, unless the model brings its own scorer."""
 
 # B = users of the batch, C = items asked for, D = width
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import nn
@@ -41,3 +43,17 @@ class ShardedEncoder:
         )
         embeddings: nn.Module = self.model.module.embeddings
         return embeddings(features)[CANDIDATES].values().float()
+
+
+def scorer_of(model: DistributedModelParallel, *, num_items: int, device: torch.device) -> Any:
+    """What `muonrec.generation.rank_held_out` takes: the model's own ``scorer`` if its class has one, or its vectors.
+
+    Args:
+        model: around one of MODELS. A class that ranks by other means than inner products has a method
+            ``scorer(sharded, device)``, given the sharded model that it is in.
+        num_items: rows of the item table.
+        device: where batches go.
+    """
+    if hasattr(model.module, "scorer"):
+        return model.module.scorer(model, device)
+    return ShardedEncoder(model, num_items=num_items, device=device)

@@ -9,7 +9,7 @@ from torch import nn
 
 from muonrec.batch import CANDIDATES, HISTORY, TARGETS, SequenceBatch
 from muonrec.embeddings.tables import item_table
-from muonrec.losses import NextItemLoss
+from muonrec.losses import NEXT_ITEM_LOSSES, NextItemLoss
 
 
 class SequentialModel(nn.Module):
@@ -26,6 +26,8 @@ class SequentialModel(nn.Module):
         loss: of the next items.
         input_scale: what the rows are multiplied by that are read, and those that are scored are not.
     """
+
+    losses = NEXT_ITEM_LOSSES
 
     def __init__(
         self, tower: nn.Module, *, num_items: int, embedding_dim: int, loss: NextItemLoss, input_scale: float = 1.0

@@ -16,6 +16,8 @@ from muonrec.optim.update import Split, adjust_lr, matrix_shape, whole
 
 OptimizerName = Literal["sparse", "muon", "adamw"]
 OPTIMIZERS: tuple[OptimizerName, ...] = ("sparse", "muon", "adamw")
+# What an override may ask for beside an optimizer: Muon on a fused matrix as it stands, gates or q, k and v together.
+MUON_WHOLE = "muon_whole"
 
 # A projection inside a tower widens by 8 at most (HSTU's uvqk); a layer that widens by 16, and whose output no other
 # layer takes in, scores a vocabulary. (The first layer of a DLRM widens 13 numbers to 512, for the next to take in.)
@@ -102,7 +104,8 @@ def param_groups(
         rules: asked in order, before the rules for torch's modules, with the module and its own name of the parameter
             (``"weight"``); the first that returns a role decides.
         overrides: ``(pattern, optimizer)`` in order; the first pattern found in a name (``re.search``) decides. Blocks
-            found by role stay; a `Role` in place of the optimizer's name brings its own.
+            found by role stay; ``"muon_whole"`` takes them for one matrix, and a `Role` in place of the optimizer's
+            name brings its own.
 
     Raises:
         ValueError: a pattern never decides anything, an optimizer is not known, or Muon is given what is not a matrix.
@@ -369,10 +372,13 @@ def _compiled(pattern: str) -> re.Pattern[str]:
 
 
 def _overridden(assignment: Assignment, pattern: str, asked: str | Role) -> Assignment:
+    if asked == MUON_WHOLE:
+        asked = Role("muon", f"override {pattern!r}: not in blocks", assignment.split and assignment.split.joined())
     role = asked if isinstance(asked, Role) else Role(asked, f"override {pattern!r}", assignment.split)  # type: ignore[arg-type]
     if role.optimizer not in OPTIMIZERS:
         raise ValueError(
-            f"override {pattern!r} asks for optimizer {role.optimizer!r}; use one of {', '.join(OPTIMIZERS)}"
+            f"override {pattern!r} asks for optimizer {role.optimizer!r}; use one of "
+            f"{', '.join((*OPTIMIZERS, MUON_WHOLE))}"
         )
     return dataclasses.replace(assignment, optimizer=role.optimizer, reason=role.reason, split=role.split)
 

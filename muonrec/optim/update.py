@@ -62,6 +62,10 @@ class Split:
         """``num_blocks`` blocks of the same size of a matrix of this shape."""
         return cls(dim, (shape[dim] // num_blocks,) * num_blocks)
 
+    def joined(self) -> "Split":
+        """One block instead of several, in the same orientation."""
+        return Split(self.dim, (sum(self.sizes),), self.transposed)
+
     def ranges(self) -> list[tuple[int, int]]:
         """``(start, stop)`` of each block along ``dim``."""
         stops = [sum(self.sizes[: i + 1]) for i in range(len(self.sizes))]

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import torch
 import torch.nn.functional as F
@@ -53,6 +54,15 @@ class PackedLayout:
             from_end_T=lengths_B[user_T] - 1 - position_T,
             groups=layouts,
         )
+
+    @functools.cached_property
+    def inside(self) -> list[torch.Tensor]:
+        """Bool ``[B, L]`` of each group: whether the cell holds an event."""
+        masks = []
+        for _, pad_BL, unpad_T in self.groups:
+            inside = torch.zeros(pad_BL.numel(), dtype=torch.bool, device=pad_BL.device)
+            masks.append(inside.index_fill_(0, unpad_T, True).view_as(pad_BL))
+        return masks
 
 
 def pad(x_TD: torch.Tensor, pad_BL: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from muonrec.towers.attention import CausalAttention
+from muonrec.towers.attention import SelfAttention
 from muonrec.towers.packing import Groups, PackedLayout
 
 Norm = Literal["pre", "post"]
@@ -72,18 +72,23 @@ class TransformerTower(nn.Module):
 class TransformerBlock(nn.Module):
     """Attention and a feed-forward layer, each in a residual branch with its norm."""
 
-    def __init__(self, embedding_dim: int, num_heads: int, feedforward_dim: int, dropout: float, norm: Norm) -> None:
+    def __init__(
+        self,
+        embedding_dim: int,
+        num_heads: int,
+        feedforward_dim: int,
+        dropout: float,
+        norm: Norm,
+        *,
+        causal: bool = True,
+        head_dim: int | None = None,
+    ) -> None:
         super().__init__()
         self.pre = norm == "pre"
         self.attention_norm = nn.LayerNorm(embedding_dim)
-        self.attention = CausalAttention(embedding_dim, num_heads, dropout)
+        self.attention = SelfAttention(embedding_dim, num_heads, dropout, causal=causal, head_dim=head_dim)
         self.feedforward_norm = nn.LayerNorm(embedding_dim)
-        self.feedforward = nn.Sequential(
-            nn.Linear(embedding_dim, feedforward_dim),
-            nn.GELU(),
-            nn.Dropout(dropout),
-            nn.Linear(feedforward_dim, embedding_dim),
-        )
+        self.feedforward = feedforward(embedding_dim, feedforward_dim, dropout)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x_TD: torch.Tensor, layout: PackedLayout) -> torch.Tensor:
@@ -92,3 +97,13 @@ class TransformerBlock(nn.Module):
             return x_TD + self.dropout(self.feedforward(self.feedforward_norm(x_TD)))
         x_TD = self.attention_norm(x_TD + self.dropout(self.attention(x_TD, layout)))
         return self.feedforward_norm(x_TD + self.dropout(self.feedforward(x_TD)))
+
+
+def feedforward(embedding_dim: int, feedforward_dim: int, dropout: float) -> nn.Sequential:
+    """The feed-forward layer of a block."""
+    return nn.Sequential(
+        nn.Linear(embedding_dim, feedforward_dim),
+        nn.GELU(),
+        nn.Dropout(dropout),
+        nn.Linear(feedforward_dim, embedding_dim),
+    )

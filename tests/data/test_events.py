@@ -14,12 +14,14 @@ from muonrec.data.events import (
     READERS,
     AmazonSource,
     CsvSource,
+    JsonSequencesSource,
     MovielensSource,
     ParquetSource,
     RecboleSource,
     SequencesSource,
     read_amazon,
     read_csv,
+    read_json_sequences,
     read_movielens,
     read_parquet,
     read_recbole,
@@ -51,6 +53,40 @@ def test_sequence_file_keeps_quotes_and_leading_zeros(tmp_path: Path) -> None:
     table = read_sequences(SequencesSource(format="sequences", path=path)).read_all()
     assert table.column("user_id").to_pylist() == ["u,1", "u,1"]
     assert table.column("item_id").to_pylist() == ['"007"', "007"]
+
+
+def test_a_json_object_of_sequences_gives_the_same_events_as_their_lines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = write(tmp_path / "log.txt", "ann 7 008 7\n9 9 \u00e9\nann 5\n")
+    as_lines = read_sequences(SequencesSource(format="sequences", path=lines)).read_all()
+    text = '\ufeff{"ann": [7, "008", 7], "9": [9, "\u00e9"], "ann": ["5"]}'
+    monkeypatch.setattr("muonrec.data.json_sequences._BATCH_USERS", 2)
+    for path in (tmp_path / "log.json", tmp_path / "log.json.gz"):
+        path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
+        shares: list[float] = []
+        reader = read_json_sequences(
+            JsonSequencesSource(format="json_sequences", path=str(path)), on_share=shares.append
+        )
+        assert reader.read_all().equals(as_lines)
+        assert shares == [2 / 3, 1]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "log.json is empty; pass a file with at least one event"),
+        ("{}", "log.json has no event: its object is empty"),
+        ('{"u": [1], ', "log.json is not JSON: .*; check that the file is whole"),
+        ("[" * 100_000, "log.json is not JSON: .*recursion"),
+        ('[["u", 1]]', "log.json holds a list, expected a JSON object of user id -> list of item ids"),
+        ('{"u": [1], "v": {"1": 2}}', 'log.json, line 2: user "v" has .*, no list'),
+    ],
+)
+def test_json_sequences_refuse_naming_the_entry(tmp_path: Path, text: str, message: str) -> None:
+    path = write(tmp_path / "log.json", text)
+    with pytest.raises(ValueError, match=message):
+        read_json_sequences(JsonSequencesSource(format="json_sequences", path=path)).read_all()
 
 
 def test_recbole_reads_typed_headers_and_float_times(tmp_path: Path) -> None:
@@ -103,7 +139,8 @@ def test_parquet_takes_arrow_timestamps_and_dictionaries(tmp_path: Path) -> None
 
 def test_readers_are_named_by_format() -> None:
     assert set(READERS) == {
-        "sequences", "recbole", "csv", "parquet", "amazon_2014", "amazon_2018", "amazon_2023", "movielens",
+        "sequences", "json_sequences", "recbole", "csv", "parquet", "amazon_2014", "amazon_2018", "amazon_2023",
+        "movielens",
     }  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from muonrec.data.events import (
     READERS,
     AmazonSource,
     CsvSource,
+    JsonSequencesSource,
     MovielensSource,
     ParquetSource,
     RecboleSource,
@@ -27,6 +28,7 @@ SOURCES = {
     "parquet": ParquetSource,
     "recbole": RecboleSource,
     "sequences": SequencesSource,
+    "json_sequences": JsonSequencesSource,
     "amazon_2014": AmazonSource,
     "amazon_2018": AmazonSource,
     "amazon_2023": AmazonSource,
@@ -38,6 +40,7 @@ RATINGS = b"u,i,5.0,5\nw,k,1.0,5\n%s\nv,j,4.0,6\n"
 DAT = b"1::2::5::5\n3::4::5::5\n%s\n3::5::1::6\n"
 REVIEW = b'{"reviewerID": "%s", "asin": "i", "unixReviewTime": 5}'
 REVIEWS = REVIEW % b"u" + b"\n" + REVIEW % b"w" + b"\n%s\n" + REVIEW % b"v" + b"\n"
+OBJECT = b'{"u": [1, 2],\n"w": [1],\n%s\n"v": [3]}'
 LINES = b"u 1 2\nw 1\n%s\nv 3\n"
 
 # format, file, its content around the bad row, the bad row, kind, what the reason says
@@ -74,6 +77,15 @@ BAD_ROWS = [
     ("sequences", "a.txt", LINES, b"lonely", "no_items", "has the user 'lonely' and no item; a line is a user id"),
     ("sequences", "a.txt", LINES, b"u 1 \xff", "not_utf8", "is not UTF-8 text"),
     ("sequences", "a.txt", LINES, b"u 1\x1f2", "wrong_number_of_fields", "has 2 fields, expected 1"),
+    ("json_sequences", "a.json", OBJECT, b'"u": 7,', "wrong_json_type", 'user "u" has 7, no list'),
+    ("json_sequences", "a.json", OBJECT, b'"u": {"1": 2},', "wrong_json_type", 'user "u" has {"1": 2}, no list'),
+    ("json_sequences", "a.json", OBJECT, b'"u": [],', "no_items", 'user "u" has no item'),
+    ("json_sequences", "a.json", OBJECT, b'"u": [1.5],', "wrong_json_type", "has the item 1.5, expected text or"),
+    ("json_sequences", "a.json", OBJECT, b'"u": [true],', "wrong_json_type", "has the item true, expected text or"),
+    ("json_sequences", "a.json", OBJECT, b'"u": [" "],', "no_item_id", "column 'item_id' is empty"),
+    ("json_sequences", "a.json", OBJECT, b'"": [1],', "no_user_id", "column 'user_id' is empty"),
+    ("json_sequences", "a.json", OBJECT, b'"u": ["\xff"],', "not_utf8", "column 'item_id' is not UTF-8 text"),
+    ("json_sequences", "a.json", OBJECT, rb'"u": ["\ud800"],', "not_utf8", "column 'item_id' is not UTF-8 text"),
     ("amazon_2014", "a.csv", RATINGS, b",i,5.0,5", "no_user_id", "column 'user_id' is empty"),
     ("amazon_2018", "a.csv", RATINGS, b",i,5.0,5", "no_item_id", "column 'item_id' is empty"),
     ("amazon_2014", "a.json", REVIEWS, b"{'reviewerID': 'u'}", "not_json", "is no JSON object: Expecting property"),

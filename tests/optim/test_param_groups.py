@@ -151,6 +151,24 @@ def test_an_override_to_muon_keeps_the_blocks():
     assert _routing(model, overrides=[("in_proj_weight", "muon")])["in_proj_weight"].split == Split(0, (8, 8, 8))
 
 
+def test_an_override_to_muon_whole_joins_the_blocks_and_keeps_the_orientation():
+    def rule(module, name):
+        return (
+            Role("muon", "u, v, q and k", Split(1, (4, 4), transposed=True)) if isinstance(module, nn.Linear) else None
+        )
+
+    model = nn.ModuleDict({"gru": nn.GRU(8, 6, bias=False), "uvqk": nn.Linear(8, 4, bias=False)})
+    routing = _routing(model, rules=[rule], overrides=[("gru.weight_hh", "muon_whole"), ("uvqk", "muon_whole")])
+    assert {name: (a.optimizer, a.split) for name, a in routing.items()} == {
+        "gru.weight_ih_l0": ("muon", Split(0, (6, 6, 6))),
+        "gru.weight_hh_l0": ("muon", Split(0, (18,))),
+        "uvqk.weight": ("muon", Split(1, (8,), transposed=True)),
+    }
+    assert routing["gru.weight_hh_l0"].reason == "override 'gru.weight_hh': not in blocks"
+    plain = param_groups(nn.Linear(4, 4, bias=False), overrides=[("weight", "muon_whole")])
+    assert plain[0].split is None  # there is nothing to join
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

@@ -15,12 +15,14 @@ import torch.distributed as dist
 import yaml
 
 import pipeline.eval as stage
+from benchmarks.generation import random_ids
 from muonrec.data.shards import load_sequences
 from muonrec.mesh import Ranks
 from muonrec.metrics import bootstrap_interval
 from muonrec.report import read_ranks
 from pipeline.data import build_dataset, load_data_config
 from tests.distributed.ranks import run_on_ranks
+from tests.generation.decoders import TableDecoder
 
 ALONE = Ranks(rank=0, num_ranks=1, device=torch.device("cpu"))
 NUM_USERS, NUM_ITEMS = 300, 80
@@ -211,10 +213,32 @@ def test_lengths_come_in_order_and_once(tmp_path):
     ],
 )
 def test_eval_refuses_before_the_work(run, monkeypatch, override, message):
-    monkeypatch.setattr(stage, "rank_targets", lambda *_, **__: pytest.fail("it began to work"))
+    monkeypatch.setattr(stage, "rank_held_out", lambda *_, **__: pytest.fail("it began to work"))
     with pytest.raises(ValueError, match=re.escape(message)):
         evaluate(run, override.format(folder=run))
     assert sorted(path.name for path in run.iterdir()) == ["resolved.yaml"]
+
+
+def test_a_model_that_generates_is_ranked_by_its_lists_and_claims_nothing_beyond(run, dataset, tmp_path, monkeypatch):
+    evaluate(run)
+    with pytest.raises(ValueError, match="num_beams=30 was asked, but the model generates nothing"):
+        evaluate(run, "num_beams=30")
+    load_run = stage.load_run
+    decoder = TableDecoder(random_ids(NUM_ITEMS, (6, 5, 4)), num_beams=30)
+    monkeypatch.setattr(stage, "load_run", lambda *arguments: (decoder, *load_run(*arguments)[1:]))
+    generated = make_folder(tmp_path / "generated")
+    found = evaluate(generated, f"compare=[{run}]", f"recommend={tmp_path / 'top.parquet'}")
+    assert found["list_length"] == read_ranks(generated / "ranks.parquet").list_length == 30
+    assert "mrr" not in found["metrics"] and "mrr@20" in found["metrics"] and "mrr" in found["popularity"]["metrics"]
+    assert 0 < found["metrics"]["recall@20"]["mean"] < 0.5
+    assert len(pq.read_table(tmp_path / "top.parquet")) == 10 * NUM_USERS
+    page = (generated / "report.html").read_text()
+    assert "cannot be paired" not in page and ("worse than run" in page or "No difference to run" in page)
+
+    masked = evaluate(generated, "mask_seen=true", "num_beams=20")
+    assert masked["list_length"] == 20 and masked["popularity"]["metrics"].keys() > masked["metrics"].keys()
+    with pytest.raises(ValueError, match="k=20 items of each user were asked, but the search keeps num_beams=19"):
+        evaluate(generated, "num_beams=19")
 
 
 def test_eval_refuses_data_that_was_built_anew_with_other_settings(run, dataset, monkeypatch):

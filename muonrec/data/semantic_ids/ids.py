@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 
 import numpy as np
 
@@ -39,3 +40,10 @@ class SemanticIds:
                 f"{num_items} items share {num_unique} tuples of codes, so they cannot be told apart; resolve the "
                 "collisions, by an extra level or by reassigning the last"
             )
+
+    @property
+    def fingerprint(self) -> str:
+        """Sha256 of the codes and the codebook sizes."""
+        return hashlib.sha256(
+            repr(self.codebook_sizes).encode() + np.ascontiguousarray(self.codes).tobytes()
+        ).hexdigest()

@@ -1,0 +1,44 @@
+"""Caser (Tang & Wang 2018): convolutions over the user's latest events, scored against the item table."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from muonrec.config import Config
+from muonrec.losses import NextItemLoss
+from muonrec.models.sequential import SequentialModel
+from muonrec.towers.caser import CaserTower
+
+
+class CaserConfig(Config):
+    """Settings of Caser; the window, and 16 and 4 kernels, are the paper's.
+
+    There is no embedding of the user: a user's row learns nothing that the events do not say, has to be trained for
+    each new one, and cannot be had for users the training never saw.
+    """
+
+    name: Literal["caser"] = "caser"
+    embedding_dim: int = Field(default=64, ge=1)
+    window: int = Field(default=5, ge=1)
+    num_horizontal: int = Field(default=16, ge=1)
+    num_vertical: int = Field(default=4, ge=1)
+    dropout: float = Field(default=0.2, ge=0, lt=1)
+    max_length: int = Field(default=50, ge=1)
+
+
+class Caser(SequentialModel):
+    """Caser on packed events."""
+
+    config_class = CaserConfig
+
+    def __init__(self, config: CaserConfig, *, num_items: int, loss: NextItemLoss) -> None:
+        tower = CaserTower(
+            embedding_dim=config.embedding_dim,
+            window=config.window,
+            num_horizontal=config.num_horizontal,
+            num_vertical=config.num_vertical,
+            dropout=config.dropout,
+        )
+        super().__init__(tower, num_items=num_items, embedding_dim=config.embedding_dim, loss=loss)

@@ -1,0 +1,62 @@
+"""What a config of the train stage names, built: the model with its loss, and batches as the model reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from muonrec.batch import SequenceBatch
+from muonrec.data.loader import Part
+from muonrec.data.semantic_ids import SemanticIds, Tokenizer, load_semantic_ids
+from muonrec.data.shards import Sequences
+from muonrec.losses import NextItemLoss, TokenLoss
+from muonrec.models import MODELS, ShardedDecoder, TigerConfig
+
+if TYPE_CHECKING:
+    from pipeline.train import TrainConfig
+
+
+def semantic_ids_of(config: TrainConfig) -> SemanticIds | None:
+    """The codes of the data set's items where the model writes them; None where it does not.
+
+    Raises:
+        ValueError: the config names none, or they are not there or of other items.
+    """
+    if not isinstance(config.model, TigerConfig):
+        return None
+    section = config.data.semantic_ids
+    if section is None:
+        raise ValueError(
+            "model tiger writes semantic IDs, and the config says nothing of them; add data.semantic_ids, as "
+            "configs/amazon-beauty/tiger.yaml does, and run python -m pipeline.data with it"
+        )
+    return load_semantic_ids(section.place(config.data.output), dataset=config.data.output)
+
+
+def build_model(config: TrainConfig, *, num_items: int, ids: SemanticIds | None) -> nn.Module:
+    """The model on one device, its tables on meta; ``ids`` as `semantic_ids_of` gives them."""
+    build = MODELS[config.model.name]
+    if ids is not None:
+        return build(config.model, semantic_ids=ids, loss=TokenLoss())
+    assert config.loss.name != "token_softmax", "TrainConfig lets no such config through"
+    loss = NextItemLoss(config.loss.name, temperature=config.loss.temperature)
+    return build(config.model, num_items=num_items, loss=loss)
+
+
+def make_tokenizer(config: TrainConfig, ids: SemanticIds) -> Tokenizer:
+    """What writes training batches in the codes of ``ids``."""
+    assert isinstance(config.model, TigerConfig)
+    return Tokenizer(ids, num_user_tokens=config.model.num_user_tokens)
+
+
+def as_read_by(
+    scorer: object, batches: Iterable[SequenceBatch], sequences: Sequences, part: Part
+) -> Iterator[SequenceBatch]:
+    """Evaluation batches of ``part``, in codes for a scorer that reads those."""
+    for batch in batches:
+        if isinstance(scorer, ShardedDecoder):
+            users, _ = sequences.locate(batch.user_ids.numpy(), part)
+            batch = scorer.tokenizer.for_decoding(batch, sequences.user_ids[users])
+        yield batch
