@@ -29,7 +29,7 @@ from muonrec.embeddings.tables import TableConfig, initialize_tables, table_of
 from muonrec.losses import Loss, NextItemLoss
 from muonrec.mesh import Ranks, join_ranks
 from muonrec.metrics import ranking_metrics
-from muonrec.models import MODELS, ModelConfig, SASRecConfig, ShardedEncoder
+from muonrec.models import MODELS, HSTUConfig, ModelConfig, SASRecConfig, ShardedEncoder
 from muonrec.optim import Schedule, format_routing
 from muonrec.retrieval import rank_targets
 from muonrec.runlog import Clock, RunLog, configure_logging, run_stage
@@ -332,7 +332,7 @@ class Run:
     def start(cls, config: TrainConfig, ranks: Ranks) -> Run:
         """Build data, model and optimizer; write and print what was decided."""
         check_output(config)
-        sequences = load_sequences(config.data.output)
+        sequences = load_data(config)
         check_same_data(config.data, sequences.manifest)
         loader = make_loader(config, sequences, ranks)
         steps_per_epoch = -(-loader.steps_per_epoch // config.accumulate_steps)
@@ -521,6 +521,12 @@ class Best:
         return bool(patience) and self.stale >= patience
 
 
+def load_data(config: TrainConfig) -> Sequences:
+    """The data set, with the times of its events where the model wants them."""
+    wants_times = isinstance(config.model, HSTUConfig) and config.model.time_bias is not False
+    return load_sequences(config.data.output, timestamps=wants_times)
+
+
 def make_loader(config: TrainConfig, sequences: Sequences, ranks: Ranks) -> TrainingBatches:
     """The training batches ``config`` asks for."""
     sampler = CandidateSampler(
@@ -546,7 +552,10 @@ def make_model(config: TrainConfig, sequences: Sequences, ranks: Ranks) -> tuple
     """The sharded model with its initial weights, which depend on the seed alone, and the sharding plan."""
     torch.manual_seed(config.seed)
     loss = NextItemLoss(config.loss.name, temperature=config.loss.temperature)
-    model = MODELS[config.model.name](config.model, num_items=sequences.num_items, loss=loss)
+    settings = config.model
+    if isinstance(settings, HSTUConfig):
+        settings = settings.on_data(has_times=sequences.timestamps_s is not None)
+    model = MODELS[settings.name](settings, num_items=sequences.num_items, loss=loss)
     if config.precision == "bf16":
         # The forward pass alone: autocast around the optimizer would change Newton-Schulz.
         model.forward = torch.autocast(ranks.device.type, torch.bfloat16)(model.forward)  # type: ignore[method-assign]
@@ -595,7 +604,7 @@ def load_run(folder: str | Path, which: str, ranks: Ranks) -> tuple[ShardedEncod
         )
     config = load_config(TrainConfig, resolved)
     folders = choose_checkpoints(folder, which)
-    sequences = load_sequences(config.data.output)
+    sequences = load_data(config)
     model, _ = make_model(for_evaluation(config, ranks), sequences, ranks)
 
     def load(folder: Path) -> int:

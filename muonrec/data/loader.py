@@ -113,6 +113,7 @@ class TrainingBatches:
             user_ids=self._sequences.user_ids[users],
             num_items=self._sequences.num_items,
             step=step,
+            timestamps_s=timestamps_at(self._sequences, at),
         )
 
     def _candidates(self, step: int, streams: np.ndarray, lengths: np.ndarray, by_length: np.ndarray) -> np.ndarray:
@@ -170,9 +171,10 @@ def evaluation_batches(
         mine = order[first : first + batch_size]
         ends = sequences.offsets[rows[mine]] + places[mine]
         lengths = np.minimum(places[mine], max_length)
+        at = _ranges(ends - lengths, lengths)
         none = np.empty(0, dtype=np.int64)
         yield make_batch(
-            history=sequences.values[_ranges(ends - lengths, lengths)].astype(np.int64),
+            history=sequences.values[at].astype(np.int64),
             lengths=lengths,
             labels=sequences.values[ends].astype(np.int64),
             targets=none,
@@ -181,6 +183,7 @@ def evaluation_batches(
             user_ids=ids[mine],
             num_items=sequences.num_items,
             step=round_,
+            timestamps_s=timestamps_at(sequences, at),
         )
 
 
@@ -215,6 +218,7 @@ def make_batch(
     user_ids: np.ndarray,
     num_items: int,
     step: int,
+    timestamps_s: np.ndarray | None = None,
 ) -> SequenceBatch:
     """Assemble one SequenceBatch from arrays, rows in order of falling length.
 
@@ -242,7 +246,13 @@ def make_batch(
         user_ids=torch.from_numpy(np.asarray(user_ids, dtype=np.int64)),
         groups=length_groups(lengths),
         step=step,
+        timestamps_s=torch.from_numpy(np.empty(0, np.int64) if timestamps_s is None else timestamps_s),
     )
+
+
+def timestamps_at(sequences: Sequences, places: np.ndarray) -> np.ndarray | None:
+    """Times of the events at ``places`` of `Sequences.values`, int64 seconds; None unless the times were loaded."""
+    return None if sequences.timestamps_s is None else sequences.timestamps_s[places]
 
 
 def check_ids(ids: np.ndarray, *, table: str, feature: str, num_embeddings: int) -> None:

@@ -6,9 +6,10 @@ from pydantic import BeforeValidator, Field
 
 from muonrec.config import name_only
 from muonrec.models.encoder import ShardedEncoder
+from muonrec.models.hstu import HSTU, HSTUConfig
 from muonrec.models.sasrec import SASRec, SASRecConfig
 
-MODELS: dict[str, Any] = {"sasrec": SASRec}
+MODELS: dict[str, Any] = {"sasrec": SASRec, "hstu": HSTU}
 
 if TYPE_CHECKING:
     ModelConfig = Any
@@ -20,4 +21,4 @@ else:
         BeforeValidator(name_only),
     ]
 
-__all__ = ["MODELS", "ModelConfig", "SASRec", "SASRecConfig", "ShardedEncoder"]
+__all__ = ["HSTU", "HSTUConfig", "MODELS", "ModelConfig", "SASRec", "SASRecConfig", "ShardedEncoder"]

@@ -4,8 +4,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import nn
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
@@ -34,10 +35,10 @@ class ShardedEncoder:
 
     @torch.no_grad()
     def item_vectors(self, item_ids_C: torch.Tensor) -> torch.Tensor:
-        """Float32 ``[C, D]``: rows of the item table; ids int64, none twice is not required."""
+        """Float32 ``[C, D]``: rows of the item table, as scored; ids int64, none twice is not required."""
         lengths = torch.tensor([0, 0, item_ids_C.numel()], device=self.device)
         features = KeyedJaggedTensor(
             keys=[HISTORY, TARGETS, CANDIDATES], values=item_ids_C.to(self.device), lengths=lengths, stride=1
         )
-        embeddings: nn.Module = self.model.module.embeddings
-        return embeddings(features)[CANDIDATES].values().float()
+        model: Any = self.model.module
+        return model.scored(model.embeddings(features)[CANDIDATES].values()).float()
