@@ -34,6 +34,7 @@ class SequenceBatch(Pipelineable):
         step: the global batch this is a share of, counted from the start of training; for messages.
         num_step_targets: targets of this rank in the whole global batch, where this is one of its micro-batches; None
             where it is all of it.
+        timestamps_s: int64 ``[T]``, when the events of the history were; empty where the model does not ask.
     """
 
     features: KeyedJaggedTensor
@@ -43,6 +44,7 @@ class SequenceBatch(Pipelineable):
     groups: list[tuple[int, int, int]]
     step: int = 0
     num_step_targets: int | None = None
+    timestamps_s: torch.Tensor = dataclasses.field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
 
     def to(self, device: torch.device, non_blocking: bool = False) -> SequenceBatch:
         return self._map(lambda part: part.to(device=device, non_blocking=non_blocking))
@@ -51,7 +53,7 @@ class SequenceBatch(Pipelineable):
         return self._map(lambda part: part.pin_memory())
 
     def record_stream(self, stream: torch.Stream) -> None:
-        for part in (self.features, self.labels, self.log_q, self.user_ids):
+        for part in (self.features, self.labels, self.log_q, self.user_ids, self.timestamps_s):
             part.record_stream(stream)
 
     def _map(self, change: Callable[[Any], Any]) -> SequenceBatch:
@@ -61,4 +63,5 @@ class SequenceBatch(Pipelineable):
             labels=change(self.labels),
             log_q=change(self.log_q),
             user_ids=change(self.user_ids),
+            timestamps_s=change(self.timestamps_s),
         )

@@ -1,4 +1,4 @@
-"""What a config of the train stage names, built: the model with its loss, and batches as the model reads them."""
+"""What a config of the train stage names, built: data, model with its loss, and batches as the model reads them."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch import nn
 from muonrec.batch import SequenceBatch
 from muonrec.data.loader import Part
 from muonrec.data.semantic_ids import SemanticIds, Tokenizer, load_semantic_ids
-from muonrec.data.shards import Sequences
+from muonrec.data.shards import Sequences, load_sequences
 from muonrec.losses import NextItemLoss, TokenLoss
-from muonrec.models import MODELS, ShardedDecoder, TigerConfig
+from muonrec.models import MODELS, HSTUConfig, ShardedDecoder, TigerConfig
 
 if TYPE_CHECKING:
     from pipeline.train import TrainConfig
@@ -35,14 +35,26 @@ def semantic_ids_of(config: TrainConfig) -> SemanticIds | None:
     return load_semantic_ids(section.place(config.data.output), dataset=config.data.output)
 
 
-def build_model(config: TrainConfig, *, num_items: int, ids: SemanticIds | None) -> nn.Module:
-    """The model on one device, its tables on meta; ``ids`` as `semantic_ids_of` gives them."""
-    build = MODELS[config.model.name]
+def load_data(config: TrainConfig) -> Sequences:
+    """The data set, with the times of its events where the model wants them."""
+    wants_times = isinstance(config.model, HSTUConfig) and config.model.time_bias is not False
+    return load_sequences(config.data.output, timestamps=wants_times)
+
+
+def build_model(config: TrainConfig, *, num_items: int, ids: SemanticIds | None, has_times: bool = True) -> nn.Module:
+    """The model on one device, its tables on meta; ``ids`` as `semantic_ids_of` gives them.
+
+    Raises:
+        ValueError: the model wants times, and the data set has none.
+    """
+    build, settings = MODELS[config.model.name], config.model
     if ids is not None:
-        return build(config.model, semantic_ids=ids, loss=TokenLoss())
+        return build(settings, semantic_ids=ids, loss=TokenLoss())
+    if isinstance(settings, HSTUConfig):
+        settings = settings.on_data(has_times=has_times)
     assert config.loss.name != "token_softmax", "TrainConfig lets no such config through"
     loss = NextItemLoss(config.loss.name, temperature=config.loss.temperature)
-    return build(config.model, num_items=num_items, loss=loss)
+    return build(settings, num_items=num_items, loss=loss)
 
 
 def make_tokenizer(config: TrainConfig, ids: SemanticIds) -> Tokenizer:

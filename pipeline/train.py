@@ -21,7 +21,7 @@ from muonrec.config import Config, describe, load_config, name_only, to_yaml
 from muonrec.data.candidates import Candidates, CandidateSampler
 from muonrec.data.loader import TrainingBatches, evaluation_batches, seen_items
 from muonrec.data.semantic_ids import SemanticIds
-from muonrec.data.shards import Sequences, load_sequences
+from muonrec.data.shards import Sequences
 from muonrec.embeddings.comms import CommsConfig
 from muonrec.embeddings.fused import check_tables
 from muonrec.embeddings.joined import AccumulatedStep, JoinedOptimizer, build_optimizer
@@ -35,7 +35,7 @@ from muonrec.models import MODELS, ModelConfig, SASRecConfig, TigerConfig, score
 from muonrec.optim import Schedule, format_routing
 from muonrec.runlog import Clock, RunLog, configure_logging, run_stage
 from muonrec.supervision import Supervision
-from pipeline.building import as_read_by, build_model, make_tokenizer, semantic_ids_of
+from pipeline.building import as_read_by, build_model, load_data, make_tokenizer, semantic_ids_of
 from pipeline.data import DataConfig, check_same_data
 from pipeline.plan import parse_ranks, parse_rows, print_plan
 from pipeline.resuming import check_output, check_same_codes, check_trained_on, choose_checkpoints, first_items
@@ -347,7 +347,7 @@ class Run:
     def start(cls, config: TrainConfig, ranks: Ranks) -> Run:
         """Build data, model and optimizer; write and print what was decided."""
         check_output(config)
-        sequences = load_sequences(config.data.output)
+        sequences = load_data(config)
         check_same_data(config.data, sequences.manifest)
         ids = semantic_ids_of(config)
         loader = make_loader(config, sequences, ranks, ids)
@@ -573,7 +573,7 @@ def make_model(
 ) -> tuple[DistributedModelParallel, Any]:
     """The sharded model with its initial weights, which depend on the seed alone, and the sharding plan."""
     torch.manual_seed(config.seed)
-    model = build_model(config, num_items=sequences.num_items, ids=ids)
+    model = build_model(config, num_items=sequences.num_items, ids=ids, has_times=sequences.timestamps_s is not None)
     if config.precision == "bf16":
         # The forward pass alone: autocast around the optimizer would change Newton-Schulz.
         model.forward = torch.autocast(ranks.device.type, torch.bfloat16)(model.forward)  # type: ignore[method-assign]
@@ -622,7 +622,7 @@ def load_run(folder: str | Path, which: str, ranks: Ranks) -> tuple[Any, TrainCo
         )
     config = load_config(TrainConfig, resolved)
     folders = choose_checkpoints(folder, which)
-    sequences = load_sequences(config.data.output)
+    sequences = load_data(config)
     ids = semantic_ids_of(config)
     model, _ = make_model(for_evaluation(config, ranks), sequences, ranks, ids)
 

@@ -128,6 +128,7 @@ class TrainingBatches:
             num_items=self._sequences.num_items,
             step=step,
             num_targets=num_targets[by_length],
+            timestamps_s=timestamps_at(self._sequences, at),
         )
         return batch if self._finish is None else self._finish(batch)
 
@@ -186,9 +187,10 @@ def evaluation_batches(
         mine = order[first : first + batch_size]
         ends = sequences.offsets[rows[mine]] + places[mine]
         lengths = np.minimum(places[mine], max_length)
+        at = _ranges(ends - lengths, lengths)
         none = np.empty(0, dtype=np.int64)
         yield make_batch(
-            history=sequences.values[_ranges(ends - lengths, lengths)].astype(np.int64),
+            history=sequences.values[at].astype(np.int64),
             lengths=lengths,
             labels=sequences.values[ends].astype(np.int64),
             targets=none,
@@ -197,6 +199,7 @@ def evaluation_batches(
             user_ids=ids[mine],
             num_items=sequences.num_items,
             step=round_,
+            timestamps_s=timestamps_at(sequences, at),
         )
 
 
@@ -232,6 +235,7 @@ def make_batch(
     num_items: int,
     step: int,
     num_targets: np.ndarray | None = None,
+    timestamps_s: np.ndarray | None = None,
 ) -> SequenceBatch:
     """Assemble one SequenceBatch from arrays, rows in order of falling length.
 
@@ -263,7 +267,13 @@ def make_batch(
         user_ids=torch.from_numpy(np.asarray(user_ids, dtype=np.int64)),
         groups=length_groups(lengths),
         step=step,
+        timestamps_s=torch.from_numpy(np.empty(0, np.int64) if timestamps_s is None else timestamps_s),
     )
+
+
+def timestamps_at(sequences: Sequences, places: np.ndarray) -> np.ndarray | None:
+    """Times of the events at ``places`` of `Sequences.values`, int64 seconds; None unless the times were loaded."""
+    return None if sequences.timestamps_s is None else sequences.timestamps_s[places]
 
 
 def check_ids(ids: np.ndarray, *, table: str, feature: str, num_embeddings: int) -> None:

@@ -8,6 +8,7 @@ from muonrec.config import name_only
 from muonrec.models.caser import Caser, CaserConfig
 from muonrec.models.encoder import ShardedEncoder, scorer_of
 from muonrec.models.gru4rec import GRU4Rec, GRU4RecConfig
+from muonrec.models.hstu import HSTU, HSTUConfig
 from muonrec.models.sasrec import SASRec, SASRecConfig
 from muonrec.models.tiger import ShardedDecoder, Tiger, TigerConfig
 
@@ -15,6 +16,7 @@ MODELS: dict[str, Any] = {
     "sasrec": SASRec,
     "gru4rec": GRU4Rec,
     "caser": Caser,
+    "hstu": HSTU,
     "tiger": Tiger,
 }
 
@@ -29,6 +31,8 @@ else:
     ]
 
 __all__ = [
+    "HSTU",
+    "HSTUConfig",
     "MODELS",
     "Caser",
     "CaserConfig",

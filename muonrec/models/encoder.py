@@ -7,7 +7,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
@@ -36,13 +35,13 @@ class ShardedEncoder:
 
     @torch.no_grad()
     def item_vectors(self, item_ids_C: torch.Tensor) -> torch.Tensor:
-        """Float32 ``[C, D]``: rows of the item table; ids int64, none twice is not required."""
+        """Float32 ``[C, D]``: rows of the item table, as scored; ids int64, none twice is not required."""
         lengths = torch.tensor([0, 0, item_ids_C.numel()], device=self.device)
         features = KeyedJaggedTensor(
             keys=[HISTORY, TARGETS, CANDIDATES], values=item_ids_C.to(self.device), lengths=lengths, stride=1
         )
-        embeddings: nn.Module = self.model.module.embeddings
-        return embeddings(features)[CANDIDATES].values().float()
+        model: Any = self.model.module
+        return model.scored(model.embeddings(features)[CANDIDATES].values()).float()
 
 
 def scorer_of(model: DistributedModelParallel, *, num_items: int, device: torch.device) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from muonrec.batch import CANDIDATES, HISTORY, TARGETS, SequenceBatch
@@ -25,31 +26,45 @@ class SequentialModel(nn.Module):
         embedding_dim: width of its rows, D.
         loss: of the next items.
         input_scale: what the rows are multiplied by that are read, and those that are scored are not.
+        normalize: score by the cosine: hidden states and rows of items are scaled to length 1.
     """
 
     losses = NEXT_ITEM_LOSSES
 
     def __init__(
-        self, tower: nn.Module, *, num_items: int, embedding_dim: int, loss: NextItemLoss, input_scale: float = 1.0
+        self,
+        tower: nn.Module,
+        *,
+        num_items: int,
+        embedding_dim: int,
+        loss: NextItemLoss,
+        input_scale: float = 1.0,
+        normalize: bool = False,
     ) -> None:
         super().__init__()
         self.embeddings = item_table(num_items, embedding_dim)
         self.tower = tower
         self.loss = loss
         self.input_scale = input_scale
+        self.normalize = normalize
 
     def forward(self, batch: SequenceBatch) -> Any:
         embedded = self.embeddings(batch.features)
         history = embedded[HISTORY]
         lengths_B = history.lengths()
-        hidden_TD = self.hidden(history.values() * self.input_scale, lengths_B, batch)
+        hidden_TD = self.scored(self.hidden(history.values() * self.input_scale, lengths_B, batch))
         if not self.training:
             return last_events(hidden_TD, lengths_B)
-        return self.loss(hidden_TD, embedded[TARGETS].values(), embedded[CANDIDATES].values(), batch)
+        targets, candidates = (self.scored(embedded[key].values()) for key in (TARGETS, CANDIDATES))
+        return self.loss(hidden_TD, targets, candidates, batch)
 
     def hidden(self, x_TD: torch.Tensor, lengths_B: torch.Tensor, batch: SequenceBatch) -> torch.Tensor:
         """The tower's hidden states; for a model whose tower takes more of the batch to override."""
         return self.tower(x_TD, lengths_B, batch.groups)
+
+    def scored(self, x_CD: torch.Tensor) -> torch.Tensor:
+        """Hidden states or rows of items as the inner product takes them."""
+        return F.normalize(x_CD, dim=-1) if self.normalize else x_CD
 
 
 def last_events(x_TD: torch.Tensor, lengths_B: torch.Tensor) -> torch.Tensor:

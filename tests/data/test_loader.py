@@ -282,3 +282,19 @@ def test_every_target_of_a_user_is_evaluated_once_with_the_history_before_it(par
         for place in range(max(before[user], 1), before[user] + held_out[user])
     ]
     assert sorted(found) == expected
+
+
+def test_times_travel_with_their_events():
+    times = np.arange(len(SEQUENCES.values), dtype=np.int64) * 60 + 10**9
+    timed = dataclasses.replace(SEQUENCES, timestamps_s=times)
+
+    def shares(sequences):
+        yield from loader(sequences=sequences).iterate(0, 3)
+        yield from evaluation_batches(sequences, "test", max_length=9, batch_size=50, ranks=ranks())
+
+    for batch, plain in zip(shares(timed), shares(SEQUENCES), strict=True):
+        assert batch.timestamps_s.dtype == torch.int64
+        places = (batch.timestamps_s.numpy() - 10**9) // 60
+        assert SEQUENCES.values[places].tolist() == batch.features[HISTORY].values().tolist()
+        assert plain.timestamps_s.numel() == 0 and torch.equal(plain.labels, batch.labels)
+        assert torch.equal(batch.to(torch.device("cpu")).timestamps_s, batch.timestamps_s)

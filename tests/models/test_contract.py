@@ -31,6 +31,7 @@ SETTINGS = {
     "sasrec": {"num_layers": 1, "feedforward_dim": 16},
     "gru4rec": {"hidden_dim": 12, "num_layers": 2},
     "caser": {"window": 3, "num_horizontal": 4, "num_vertical": 2},
+    "hstu": {"num_layers": 1, "num_heads": 2},
 }
 SOURCE = {"format": "synthetic", "num_users": 33, "num_items": 40}
 STEPS, HALF = 6, 3

@@ -1,0 +1,89 @@
+"""HSTU (Zhai et al. 2024): pointwise attention with relative position and time, scored against the item table."""
+
+from __future__ import annotations
+
+import logging
+from typing import Literal
+
+import torch
+
+from muonrec.batch import SequenceBatch
+from muonrec.config import Config
+from muonrec.losses import NextItemLoss
+from muonrec.models.sequential import SequentialModel
+from muonrec.towers.hstu import HSTUTower
+from muonrec.towers.transformer import Positions
+
+logger = logging.getLogger(__name__)
+
+
+class HSTUConfig(Config):
+    """Settings of HSTU; names as in its public code, where ``linear_dim`` and ``attention_dim`` are of one head.
+
+    ``time_bias`` adds the relative time bias to that of positions: None where the data set has times, True or an error.
+    ``normalize`` scales hidden states and items to length 1, as the paper's experiments do; the loss then wants a
+    ``temperature`` of about 0.05. ``scale_input`` multiplies the rows that are read by sqrt(D), as its code does.
+    """
+
+    name: Literal["hstu"] = "hstu"
+    embedding_dim: int = 64
+    num_layers: int = 2
+    num_heads: int = 2
+    linear_dim: int = 32
+    attention_dim: int = 32
+    dropout: float = 0.2
+    attention_dropout: float = 0.0
+    max_length: int = 50
+    positions: Positions = "from_start"
+    time_bias: bool | None = None
+    normalize: bool = False
+    scale_input: bool = True
+
+    def on_data(self, *, has_times: bool) -> HSTUConfig:
+        """The same with ``time_bias`` decided by whether the data set has times.
+
+        Raises:
+            ValueError: it was asked for, and there are none.
+        """
+        if self.time_bias and not has_times:
+            raise ValueError(
+                "model.time_bias=true was asked but the data set has no times; leave time_bias out, or rerun "
+                "python -m pipeline.data on a source that has them"
+            )
+        if self.time_bias is None and not has_times:
+            logger.info("the data set has no times: the relative bias of HSTU is of positions alone")
+        return self.model_copy(update={"time_bias": has_times and self.time_bias is not False})
+
+
+class HSTU(SequentialModel):
+    """HSTU on packed events. ``config.time_bias`` None counts as False: `HSTUConfig.on_data` decides it."""
+
+    config_class = HSTUConfig
+
+    def __init__(self, config: HSTUConfig, *, num_items: int, loss: NextItemLoss) -> None:
+        tower = HSTUTower(
+            embedding_dim=config.embedding_dim,
+            num_layers=config.num_layers,
+            num_heads=config.num_heads,
+            linear_dim=config.linear_dim,
+            attention_dim=config.attention_dim,
+            dropout=config.dropout,
+            attention_dropout=config.attention_dropout,
+            max_length=config.max_length,
+            time_bias=bool(config.time_bias),
+            positions=config.positions,
+            last_norm=not config.normalize,
+        )
+        scale = config.embedding_dim**0.5 if config.scale_input else 1.0
+        super().__init__(
+            tower,
+            num_items=num_items,
+            embedding_dim=config.embedding_dim,
+            loss=loss,
+            input_scale=scale,
+            normalize=config.normalize,
+        )
+
+    def hidden(self, x_TD: torch.Tensor, lengths_B: torch.Tensor, batch: SequenceBatch) -> torch.Tensor:
+        """The tower's hidden states, with the times of the events."""
+        return self.tower(x_TD, lengths_B, batch.groups, batch.timestamps_s)
