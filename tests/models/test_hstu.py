@@ -13,6 +13,7 @@ from muonrec.data.loader import evaluation_batches
 from muonrec.data.synthetic import SyntheticSource
 from muonrec.models import HSTUConfig, ShardedEncoder
 from muonrec.optim.update import Split
+from muonrec.towers import hstu
 from pipeline.data import DataConfig, build_dataset
 from pipeline.train import Run, TrainConfig, load_run
 from tests.distributed.ranks import run_on_ranks
@@ -97,8 +98,6 @@ def test_fsdp2_on_two_ranks_follows_one_rank_in_blocks_that_are_computed_again(d
 
 
 def trained_in_small_blocks(path, *overrides):
-    from muonrec.towers import hstu
-
     hstu.QUERY_BLOCK, before = 4, hstu.QUERY_BLOCK
     try:
         return trained(path, *overrides)
