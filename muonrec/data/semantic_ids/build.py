@@ -20,11 +20,19 @@ from upath import UPath
 from muonrec.data.manifest import Manifest, verify_dataset
 from muonrec.data.replacement import check_replaceable, put_right
 from muonrec.data.semantic_ids.collisions import find_collisions, reassign_last
-from muonrec.data.semantic_ids.config import Cooccurrence, Embeddings, IdsSource, ReadyMade, SemanticIdsConfig
+from muonrec.data.semantic_ids.config import (
+    Cooccurrence,
+    Embeddings,
+    IdsSource,
+    ReadyMade,
+    ResidualKMeans,
+    RqVae,
+    SemanticIdsConfig,
+)
 from muonrec.data.semantic_ids.cooccurrence import cooccurrence_vectors
 from muonrec.data.semantic_ids.embeddings import read_embeddings
 from muonrec.data.semantic_ids.ids import SemanticIds
-from muonrec.data.semantic_ids.quantised import Codewords, Quantised
+from muonrec.data.semantic_ids.quantised import Quantised
 from muonrec.data.semantic_ids.ready_made import read_ready_made
 from muonrec.data.semantic_ids.stored import (
     SCHEMA_VERSION,
@@ -157,28 +165,14 @@ def _vectors(config: SemanticIdsConfig, dataset: Path | UPath, raw_ids: list[str
 
 
 def _quantise(config: SemanticIdsConfig, vectors: np.ndarray) -> Quantised:
-    import torch
+    from muonrec.data.semantic_ids.methods import quantise_by_kmeans, quantise_by_rqvae
 
-    from muonrec.data.semantic_ids.residual_kmeans import fit_residual_kmeans, quantise
-
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("data.semantic_ids.device is cuda, but torch finds no such device here; set device=cpu")
-    method = config.method
-    assert method is not None
-    x_ND = torch.from_numpy(vectors).to(config.device)
-    generator = torch.Generator(config.device).manual_seed(config.seed)
-    with Progress("residual k-means", "rounds", total=method.num_levels * method.max_rounds) as progress:
-        codebooks = fit_residual_kmeans(
-            x_ND,
-            method.num_levels,
-            method.codebook_size,
-            max_rounds=method.max_rounds,
-            generator=generator,
-            on_round=lambda level, rounds: progress.move_to(level * method.max_rounds + rounds),
-        )
-    codes, _ = quantise(x_ND, codebooks)
-    codewords = Codewords(vectors, vectors, [codebook.cpu().numpy() for codebook in codebooks])
-    return Quantised(codes.cpu().numpy(), (method.codebook_size,) * method.num_levels, codewords)
+    match config.method:
+        case ResidualKMeans():
+            return quantise_by_kmeans(vectors, config.method, seed=config.seed, device=config.device)
+        case RqVae():
+            return quantise_by_rqvae(vectors, config.method, seed=config.seed, device=config.device)
+    raise AssertionError("a config without a method has ready-made codes")
 
 
 def _resolve(config: SemanticIdsConfig, quantised: Quantised) -> tuple[np.ndarray, tuple[int, ...], np.ndarray]:

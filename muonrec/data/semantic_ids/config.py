@@ -10,6 +10,7 @@ from upath import UPath
 
 from muonrec.config import Config, name_only
 from muonrec.data.places import Place
+from muonrec.dense_optimizer import AdamWConfig, DenseOptimizerConfig, MuonConfig
 
 
 class ReadyMade(Config):
@@ -78,10 +79,40 @@ class ResidualKMeans(Config):
     max_rounds: int = Field(default=50, ge=1)
 
 
+class RqVae(Config):
+    """An autoencoder whose code is a sum of codewords, one of each level; sizes are those of Rajput et al. (2023).
+
+    Attributes:
+        num_levels: of codes.
+        codebook_size: codewords of each level.
+        hidden_dims: of the encoder's layers; the decoder has them the other way round.
+        latent_dim: width of the codewords.
+        commitment_weight: of the loss that keeps the encoder near its codewords.
+        optimizer: of the matrices of encoder and decoder: ``muon`` or ``adamw``, with their settings.
+        adamw: of codebooks and biases.
+        batch_size: items of a step.
+        num_epochs: it ends before where ``patience`` epochs bring no better reconstruction; the best one stands.
+        kmeans_rounds: of the k-means that the codebooks start from.
+    """
+
+    name: Literal["rqvae"] = "rqvae"
+    num_levels: int = Field(default=3, ge=1)
+    codebook_size: int = Field(default=256, ge=2)
+    hidden_dims: tuple[Annotated[int, Field(ge=1)], ...] = (512, 256, 128)
+    latent_dim: int = Field(default=32, ge=1)
+    commitment_weight: float = Field(default=0.25, ge=0)
+    optimizer: DenseOptimizerConfig = MuonConfig()
+    adamw: AdamWConfig = AdamWConfig(weight_decay=0.0)
+    batch_size: int = Field(default=1024, ge=1)
+    num_epochs: int = Field(default=500, ge=1)
+    patience: int = Field(default=30, ge=1)
+    kmeans_rounds: int = Field(default=10, ge=1)
+
+
 IdsSource: TypeAlias = Annotated[
     ReadyMade | Embeddings | Cooccurrence, Field(discriminator="name"), BeforeValidator(name_only)
 ]
-IdsMethod: TypeAlias = Annotated[ResidualKMeans, BeforeValidator(name_only)]
+IdsMethod: TypeAlias = Annotated[RqVae | ResidualKMeans, Field(discriminator="name"), BeforeValidator(name_only)]
 
 
 class SemanticIdsConfig(Config):
@@ -118,7 +149,8 @@ class SemanticIdsConfig(Config):
                 )
         elif self.method is None:
             raise ValueError(
-                f"source {self.source.name} gives vectors; name the method that makes codes of them: residual_kmeans"
+                f"source {self.source.name} gives vectors; name the method that makes codes of them: rqvae or "
+                "residual_kmeans"
             )
         return self
 
