@@ -28,6 +28,7 @@ from muonrec.data.semantic_ids.config import (
     ResidualKMeans,
     RqVae,
     SemanticIdsConfig,
+    Text,
 )
 from muonrec.data.semantic_ids.cooccurrence import cooccurrence_vectors
 from muonrec.data.semantic_ids.embeddings import read_embeddings
@@ -43,7 +44,8 @@ from muonrec.data.semantic_ids.stored import (
     verify_semantic_ids,
     write_semantic_ids,
 )
-from muonrec.data.shards import load_sequences
+from muonrec.data.semantic_ids.texts import encode_texts, item_texts
+from muonrec.data.shards import load_items, load_sequences
 from muonrec.data.text import describe_sources, source_files
 from muonrec.runlog import Progress
 
@@ -108,13 +110,16 @@ def build_semantic_ids(config: SemanticIdsConfig, dataset: Path | UPath) -> Sema
 
 
 def _describe_source(source: IdsSource, manifest: Manifest) -> dict[str, Any]:
-    """What identifies the source: its files, and the data set where that is one."""
+    """What identifies the source: its files, a text model's where that is a folder, and what it has of the data set."""
     paths = [path for name in _FILES if (path := getattr(source, name, None)) is not None]
     files = [file for path in paths for file in source_files(path, setting="data.semantic_ids.source")]
+    if isinstance(source, Text):
+        files = sorted(path for path in Path(source.model).rglob("*") if path.is_file())
     return {
         "name": source.name,
         "files": describe_sources(files),
         "dataset": manifest.fingerprint if isinstance(source, Cooccurrence) else None,
+        "items": manifest.item_metadata and manifest.item_metadata.fingerprint if isinstance(source, Text) else None,
     }
 
 
@@ -122,7 +127,7 @@ def _fingerprint(config: SemanticIdsConfig, source: dict[str, Any], raw_ids: lis
     """Sha256 over what decides the codes: schema version, settings, contents and the items; where they lie does not."""
     leave_out: Any = {"output": True, "device": True, "source": set(_FILES)}
     settings = config.model_dump(mode="json", exclude=leave_out)
-    contents = [[file["sha256"] for file in source["files"]], source["dataset"], items_sha256(raw_ids)]
+    contents = [[file["sha256"] for file in source["files"]], source["dataset"], source["items"], items_sha256(raw_ids)]
     return hashlib.sha256(json.dumps([SCHEMA_VERSION, settings, contents], sort_keys=True).encode()).hexdigest()
 
 
@@ -149,6 +154,10 @@ def _file(path: str) -> Path:
 def _vectors(config: SemanticIdsConfig, dataset: Path | UPath, raw_ids: list[str]) -> np.ndarray:
     """The vector of every item, float32 ``[num_items, width]``; zeros where the source says nothing of it."""
     match config.source:
+        case Text():
+            texts = item_texts(load_items(dataset, columns=config.source.columns), config.source.columns)
+            with Progress("encoding texts", "items", total=sum(map(bool, texts))) as progress:
+                vectors = encode_texts(config.source, texts, device=config.device, on_items=progress.move_to)
         case Embeddings():
             vectors = read_embeddings(config.source, _file(config.source.path), raw_ids)
         case Cooccurrence():

@@ -28,6 +28,23 @@ class ReadyMade(Config):
     ignore_unknown: bool = False
 
 
+class Text(Config):
+    """What ``data.items`` says of the items, as a sentence-transformers model reads it (Rajput et al. 2023 do so).
+
+    Attributes:
+        model: name on the hub, or folder; a model that is on this machine is read without a network.
+        columns: of items.parquet, in the order in which the model reads them.
+        batch_size: texts that the model takes at a time.
+    """
+
+    name: Literal["text"] = "text"
+    model: str
+    columns: tuple[Literal["title", "brand", "categories", "features", "description", "price"], ...] = Field(
+        default=("title", "brand", "categories", "description"), min_length=1
+    )
+    batch_size: int = Field(default=64, ge=1)
+
+
 class Embeddings(Config):
     """A matrix that somebody else made, a row per item.
 
@@ -110,7 +127,7 @@ class RqVae(Config):
 
 
 IdsSource: TypeAlias = Annotated[
-    ReadyMade | Embeddings | Cooccurrence, Field(discriminator="name"), BeforeValidator(name_only)
+    ReadyMade | Text | Embeddings | Cooccurrence, Field(discriminator="name"), BeforeValidator(name_only)
 ]
 IdsMethod: TypeAlias = Annotated[RqVae | ResidualKMeans, Field(discriminator="name"), BeforeValidator(name_only)]
 

@@ -71,7 +71,8 @@ class SemanticIdsManifest(Config):
         num_items_unknown: items of which the source says nothing, so that they have the same codes before.
         reconstruction_error: share of the vectors' variance that the codes do not tell, before; null without vectors.
         reconstruction_error_after: the same of the codes as stored.
-        source: path, size and sha256 of every input file, and the fingerprint of the data set where it was one.
+        source: path, size and sha256 of every input file, and the fingerprints of what it has of the data set: of its
+            events or of what is known of its items.
         seconds: that each phase of making them took.
     """
 
