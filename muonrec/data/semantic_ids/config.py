@@ -126,6 +126,8 @@ class RqVae(Config):
     kmeans_rounds: int = Field(default=10, ge=1)
 
 
+SOURCES = (ReadyMade, Text, Embeddings, Cooccurrence)
+METHODS = (RqVae, ResidualKMeans)
 IdsSource: TypeAlias = Annotated[
     ReadyMade | Text | Embeddings | Cooccurrence, Field(discriminator="name"), BeforeValidator(name_only)
 ]
