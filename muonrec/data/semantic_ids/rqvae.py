@@ -143,7 +143,7 @@ def train_rqvae(
             loss = losses.reconstruction + losses.codebook + config.commitment_weight * losses.commitment
             if not torch.isfinite(loss):
                 raise FloatingPointError(
-                    f"the RQ-VAE's loss is {float(loss)} in epoch {epoch}; lower data.semantic_ids.method.optimizer.lr"
+                    f"the RQ-VAE's loss is {loss.item()} in epoch {epoch}; lower data.semantic_ids.method.optimizer.lr"
                 )
             loss.backward()
             for optimizer in optimizers:

@@ -190,8 +190,10 @@ def test_an_interrupted_run_leaves_the_ids_before_it(
 
 
 def test_a_killed_run_leaves_nothing_that_is_taken_for_ids(tmp_path: Path) -> None:
+    build(config(tmp_path, None))
+    index = index_file(tmp_path, {item: [row] for row, item in enumerate(raw_ids(tmp_path))})
     ready = tmp_path / "config.yaml"
-    tree = config(tmp_path, COOCCURRENCE).model_dump(mode="json")
+    tree = config(tmp_path, index).model_dump(mode="json")
     ready.write_text(json.dumps({"data": tree}))
     script = (
         "import os, signal, sys\n"
@@ -205,7 +207,12 @@ def test_a_killed_run_leaves_nothing_that_is_taken_for_ids(tmp_path: Path) -> No
     with pytest.raises(ValueError, match="data-semantic-ids is not a set of semantic IDs: it does not exist"):
         load_semantic_ids(tmp_path / "data-semantic-ids")
     assert main([str(ready)]) == 0
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml", "data", "data-semantic-ids"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "config.yaml",
+        "data",
+        "data-semantic-ids",
+        "index.json",
+    ]
 
 
 def test_ids_of_other_items_or_damaged_ones_are_refused(tmp_path: Path, built: Path) -> None:
