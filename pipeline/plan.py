@@ -182,14 +182,14 @@ def estimate_token_workload(config: TrainConfig, ids: SemanticIds) -> Workload:
     block = 6 * width + 4 * heads + 3 * model.feedforward_dim
     read, written = 1 + length * num_levels, targets * num_levels
     logits = 3 * sum(ids.codebook_sizes) / num_levels
-    numbers = read * (model.num_layers * (block + 2 * heads) + 4 * width)
-    numbers += written * (model.num_layers * (block + 3 * width + 4 * heads) + 4 * width + logits)
+    of_read = read * (model.num_layers * (block + 2 * heads) + 4 * width)
+    of_written = written * (model.num_layers * (block + 3 * width + 4 * heads) + 4 * width + logits)
     return Workload(
         batch_size=-(-config.batch_size // config.accumulate_steps),
         name="loss.name=token_softmax",
         ids_per_user={HISTORY: length * num_levels, TARGETS: written, USER: 1},
         ids_per_rank={},
-        activation_bytes_per_user=float(element_bytes) * numbers,
+        activation_bytes_per_user=float(element_bytes) * (of_read + of_written),
         activation_formula=(
             f"{element_bytes} bytes x users x ({read} tokens read x (layers x (6 D + 6 H + 3 F) + 4 D) + {written} "
             f"written x (layers x (9 D + 8 H + 3 F) + 4 D + {logits:.0f} logits)); "

@@ -61,10 +61,10 @@ class DecoderState:
     def select(self, beams_BK: torch.Tensor) -> DecoderState:
         """New beam k of user b goes on from the old beam ``beams_BK[b, k]``, int64; their number may change."""
         index = beams_BK[:, :, None, None, None]
-        caches = [
-            BlockCache(*(part.gather(1, index.expand(-1, -1, *part.shape[2:])) for part in cache[:2]), cache.reads)
-            for cache in self.caches
-        ]
+        caches = []
+        for k, v, reads in self.caches:
+            k, v = (part.gather(1, index.expand(-1, -1, *part.shape[2:])) for part in (k, v))
+            caches.append(BlockCache(k, v, reads))
         return dataclasses.replace(self, caches=caches)
 
 
@@ -281,10 +281,12 @@ class DecoderBlock(nn.Module):
         if not layout.groups:  # no users: both projections still take part, since DDP waits for their gradients
             k_BNSH, v_BNSH = (attention.heads(part_TD[None][:0]) for part_TD in (k_TD, v_TD))
             return [Read(Queries(slice(0, 0)), k_BNSH, v_BNSH, torch.ones(0, 0, dtype=torch.bool, device=k_TD.device))]
-        return [
-            Read(queries, *(attention.heads(pad(part_TD[tokens], pad_BS)) for part_TD in (k_TD, v_TD)), visible)
-            for (tokens, pad_BS, _), queries, visible in zip(layout.groups, memory.queries, memory.visible, strict=True)
-        ]
+        reads = []
+        groups = zip(layout.groups, memory.queries, memory.visible, strict=True)
+        for (tokens, pad_BS, _), queries, visible in groups:
+            k_BNSH, v_BNSH = (attention.heads(pad(part_TD[tokens], pad_BS)) for part_TD in (k_TD, v_TD))
+            reads.append(Read(queries, k_BNSH, v_BNSH, visible))
+        return reads
 
     def _attend_to_user(self, x_BKQD: torch.Tensor, reads: list[Read]) -> torch.Tensor:
         attention = self.cross_attention

@@ -93,7 +93,7 @@ def trained(path, *overrides):
 
 
 def hidden_states(run, batch):
-    """What the loss is given to score: a row per target, in the order of the batch's events; all its logits, of codes."""
+    """What the loss is given: a row per target, in the order of the batch's events; of codes their logits."""
     seen = []
     hook = run.model.module.loss.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
     run.model.train()
