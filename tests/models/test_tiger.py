@@ -1,6 +1,7 @@
 """TIGER on prefixes, as the paper trains it: ranks, generated evaluations, and codes that do not fit."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,10 +10,12 @@ import yaml
 
 import pipeline.eval as eval_stage
 from muonrec.config import load_config, parse_config
+from muonrec.data.semantic_ids import SemanticIds
 from muonrec.data.semantic_ids.build import build_semantic_ids
 from muonrec.data.semantic_ids.stored import load_raw_ids
 from pipeline.data import DataConfig, build_dataset
 from pipeline.plan import print_plan
+from pipeline.resuming import check_same_codes
 from pipeline.train import Run, TrainConfig, train
 from tests.distributed.ranks import run_on_ranks
 from tests.embeddings.test_sharding import this_rank
@@ -75,6 +78,18 @@ def refusal(path, *overrides):
         return str(error)
 
 
+def test_weights_of_other_codes_are_refused():
+    ids, others = (SemanticIds(np.array([[0, 1], [1, code]]), (2, 3)) for code in (1, 2))
+    progress = {"semantic_ids": ids.fingerprint}
+    check_same_codes(Path("step-3"), progress, ids)
+    check_same_codes(Path("step-3"), {}, None)  # a model over items
+    for found in (progress, {}):
+        with pytest.raises(ValueError, match="step-3 was trained with other semantic IDs"):
+            check_same_codes(Path("step-3"), found, others)
+
+
+@pytest.mark.slow  # six starts of ranks; the contract shows as much of the causal encoder
+@pytest.mark.timeout(300)
 def test_two_ranks_follow_one_under_ddp_and_fsdp2_and_refuse_other_codes(path):
     [(alone, ndcg)] = run_on_ranks(1, trained, path, f"output={path.parent / 'alone'}")
     assert len(alone) == STEPS + 1
