@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import pydantic
 import yaml
@@ -94,6 +95,14 @@ def describe(cls: type[Config], *, prefix: str = "", leave_out: Sequence[str] = 
             )
             lines.append(f"  {prefix + name:<24} {default}")
     return "\n".join(lines)
+
+
+def describe_choices(*kinds: type[Config], key: str = "format") -> Iterator[str]:
+    """The settings of each choice of a section, whose ``key`` names it, in lines for the help of a command."""
+    for kind in kinds:
+        names = ", ".join(get_args(kind.model_fields[key].annotation))
+        settings = ", ".join(setting for setting in kind.model_fields if setting != key)
+        yield from textwrap.wrap(f"{names}: {settings}", 100, subsequent_indent="    ")
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:

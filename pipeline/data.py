@@ -14,7 +14,6 @@ import json
 import logging
 import shutil
 import sys
-import textwrap
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -26,7 +25,7 @@ import pyarrow as pa
 import pydantic
 from upath import UPath
 
-from muonrec.config import Config, describe, parse_config, read_yaml
+from muonrec.config import Config, describe, describe_choices, parse_config, read_yaml
 from muonrec.data.download import fetch
 from muonrec.data.engines import EngineName
 from muonrec.data.events import READERS, AmazonSource, FileSource, MovielensSource
@@ -48,7 +47,7 @@ from muonrec.data.places import Place
 from muonrec.data.rejected import RejectedRows
 from muonrec.data.replacement import put_right, replaced_folder
 from muonrec.data.semantic_ids.build import build_semantic_ids
-from muonrec.data.semantic_ids.config import SemanticIdsConfig
+from muonrec.data.semantic_ids.config import METHODS, SOURCES, SemanticIdsConfig
 from muonrec.data.sequences import EventStore, LeaveOneOut, RatioSplit, Split, Ties
 from muonrec.data.shards import shard_name, write_shards, write_table
 from muonrec.data.synthetic import SyntheticSource, best_possible, read_synthetic
@@ -111,12 +110,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description="Raw logs to parquet sequences and a manifest.",
         epilog=f"settings and their defaults:\n{describe(DataConfig, prefix='data.')}\n\n"
         "sources, by data.source.format, with their settings:\n"
-        + "".join(f"  {line}\n" for line in _describe_sources(*get_args(FileSource), SyntheticSource))
+        + "".join(f"  {line}\n" for line in describe_choices(*get_args(FileSource), SyntheticSource))
         + "\nitem metadata, by data.items.format, with their settings:\n"
-        + "".join(f"  {line}\n" for line in _describe_sources(*get_args(FileItems)))
+        + "".join(f"  {line}\n" for line in describe_choices(*get_args(FileItems)))
+        + "\nsemantic IDs, by data.semantic_ids.source.name and data.semantic_ids.method.name, with their settings:\n"
+        + "".join(f"  {line}\n" for line in describe_choices(*SOURCES, *METHODS, key="name"))
+        + f"\nand beside them:\n{describe(SemanticIdsConfig, prefix='data.semantic_ids.')}\n"
         + "\nexamples:\n"
         "  python -m pipeline.data configs/demo/sasrec.yaml\n"
         "  python -m pipeline.data configs/amazon-beauty/sasrec.yaml data.source.path=Beauty.txt data.k_core=10\n"
+        "  python -m pipeline.data configs/ml-100k/tiger.yaml data.semantic_ids.method=rqvae\n"
         '  python -m pipeline.data my.yaml \'data.source={format: csv, path: "logs/*.csv", '
         "columns: {user_id: user, item_id: sku, timestamp_s: ts}, timestamp_unit: ms}'\n",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -516,13 +519,6 @@ def check_same_data(config: DataConfig, manifest: Manifest) -> None:
             f"{config.output} was built with other settings: {', '.join(differing)}; "
             "run python -m pipeline.data CONFIG again, or pass another data.output"
         )
-
-
-def _describe_sources(*kinds: type[Config]) -> Iterator[str]:
-    for kind in kinds:
-        names = ", ".join(get_args(kind.model_fields["format"].annotation))
-        settings = ", ".join(setting for setting in kind.model_fields if setting != "format")
-        yield from textwrap.wrap(f"{names}: {settings}", 100, subsequent_indent="    ")
 
 
 _PHASES = {

@@ -22,6 +22,7 @@ from muonrec.data.candidates import Candidates, CandidateSampler
 from muonrec.data.loader import TrainingBatches, evaluation_batches, seen_items
 from muonrec.data.semantic_ids import SemanticIds
 from muonrec.data.shards import Sequences, load_sequences
+from muonrec.dense_optimizer import AdamWConfig, DenseOptimizerConfig, MuonConfig
 from muonrec.embeddings.comms import CommsConfig
 from muonrec.embeddings.fused import check_tables
 from muonrec.embeddings.joined import AccumulatedStep, JoinedOptimizer, build_optimizer
@@ -41,39 +42,6 @@ from pipeline.plan import parse_ranks, parse_rows, print_plan
 from pipeline.resuming import check_output, check_same_codes, check_trained_on, choose_checkpoints, first_items
 
 logger = logging.getLogger(__name__)
-
-
-class MuonConfig(Config):
-    """Muon on the tower's matrices; names and meaning as `muonrec.optim.Muon`, hence as `torch.optim.Muon`.
-
-    ``match_rms_adamw`` gives an update the size of AdamW's (Liu et al. 2025), so one range of rates serves both.
-    ``normuon_beta2: 0.95`` makes it NorMuon. Blocks of fused matrices come from their roles, see ``routing``.
-    """
-
-    name: Literal["muon"] = "muon"
-    lr: float = Field(default=3e-3, gt=0)
-    weight_decay: float = Field(default=0.01, ge=0)
-    momentum: float = Field(default=0.95, ge=0, lt=1)
-    nesterov: bool = True
-    ns_steps: int = Field(default=5, ge=1, lt=100)
-    ns_coefficients: Literal["jordan", "polar_express"] = "jordan"
-    ns_gram: bool = False
-    normuon_beta2: float | None = Field(default=None, ge=0, lt=1)
-    cautious_weight_decay: bool = False
-    adjust_lr_fn: Literal["original", "match_rms_adamw", "spectral_unclamped"] = "match_rms_adamw"
-
-
-class AdamWConfig(Config):
-    """AdamW, on the tower's matrices or on the rest."""
-
-    name: Literal["adamw"] = "adamw"
-    lr: float = Field(default=1e-3, gt=0)
-    betas: tuple[float, float] = (0.9, 0.98)
-    eps: float = Field(default=1e-8, gt=0)
-    weight_decay: float = Field(default=0.01, ge=0)
-
-
-DenseOptimizerConfig = Annotated[MuonConfig | AdamWConfig, Field(discriminator="name"), BeforeValidator(name_only)]
 
 
 class ScheduleConfig(Config):

@@ -41,18 +41,39 @@ def read_ready_made(source: ReadyMade, path: Path, raw_ids: Sequence[str]) -> np
                 f"{path}: item {item!r} has the levels {', '.join(names)}, the first item has {', '.join(levels)}; "
                 "every item needs a code of each level, in the same order"
             )
-    if missing := [item for item in raw_ids if item not in codes]:
+    rows = rows_of(path, list(codes), raw_ids, ignore_unknown=source.ignore_unknown, what="codes")
+    return np.array(list(codes.values()), dtype=np.int64)[rows]
+
+
+def rows_of(path: Path, ids: Sequence[str], raw_ids: Sequence[str], *, ignore_unknown: bool, what: str) -> np.ndarray:
+    """The place in ``ids`` of each of ``raw_ids``, int64.
+
+    Args:
+        path: where ``ids`` stand, for the messages.
+        ids: a row each.
+        raw_ids: the item vocabulary.
+        ignore_unknown: whether ``ids`` may hold others.
+        what: an id has there, for the messages.
+
+    Raises:
+        ValueError: an item of either side is missing on the other, or stands twice; it is named.
+    """
+    places = {item: place for place, item in enumerate(ids)}
+    if len(places) < len(ids):
+        twice = next(item for place, item in enumerate(ids) if places[item] != place)
+        raise ValueError(f"{path}: item {twice!r} stands twice; keep one of them")
+    if missing := [item for item in raw_ids if item not in places]:
         raise ValueError(
-            f"{path} has no codes for {_some(missing)}, {len(missing):,} of the {len(raw_ids):,} items of the data "
-            "set; pass the file that was made for these items, or make codes by another data.semantic_ids.source"
+            f"{path} lacks {what} for {_some(missing)}, {len(missing):,} of the {len(raw_ids):,} items of the data "
+            "set; pass the file that was made for these items, or name another data.semantic_ids.source"
         )
-    if not source.ignore_unknown and len(codes) > len(raw_ids):
-        unknown = sorted(codes.keys() - set(raw_ids))
+    if not ignore_unknown and len(places) > len(raw_ids):
+        unknown = sorted(places.keys() - set(raw_ids))
         raise ValueError(
-            f"{path} has codes for {_some(unknown)}, {len(unknown):,} items that the data set does not have; pass the "
+            f"{path} has {what} for {_some(unknown)}, {len(unknown):,} items that the data set does not have; pass the "
             "file that was made for these items, or set data.semantic_ids.source.ignore_unknown=true"
         )
-    return np.array([codes[item] for item in raw_ids], dtype=np.int64)
+    return np.array([places[item] for item in raw_ids], dtype=np.int64)
 
 
 def _codes_of(path: Path, item: str, tokens: Any) -> tuple[list[str], list[int]]:

@@ -29,7 +29,7 @@ from muonrec.data.shards import read_table, write_table
 
 SCHEMA_VERSION = "semantic-ids-1"  # no data set's, so that each reader refuses the other's folder
 IDS = "semantic_ids.parquet"
-_SETTING = "data.semantic_ids.output"
+SETTING = "data.semantic_ids.output"
 
 IDS_SCHEMA = pa.schema(
     [
@@ -71,8 +71,9 @@ class SemanticIdsManifest(Config):
         num_items_unknown: items of which the source says nothing, so that they have the same codes before.
         reconstruction_error: share of the vectors' variance that the codes do not tell, before; null without vectors.
         reconstruction_error_after: the same of the codes as stored.
-        source: path, size and sha256 of every input file, and the fingerprint of the data set where it was one.
-        seconds: that making them took.
+        source: path, size and sha256 of every input file, and the fingerprints of what it has of the data set: of its
+            events or of what is known of its items.
+        seconds: that each phase of making them took.
     """
 
     schema_version: str
@@ -91,7 +92,7 @@ class SemanticIdsManifest(Config):
     files: dict[str, FileEntry]
     config: dict[str, Any]
     source: dict[str, Any]
-    seconds: float
+    seconds: dict[str, float]
 
 
 def write_semantic_ids(
@@ -124,7 +125,7 @@ def write_semantic_ids(
         pa.array(is_collided),
         pa.array(is_reassigned),
     ]
-    with replaced_folder(output, setting=_SETTING) as folder:
+    with replaced_folder(output, setting=SETTING) as folder:
         write_table(folder / IDS, pa.table(columns, IDS_SCHEMA.names).to_batches(), IDS_SCHEMA)
         manifest = SemanticIdsManifest(
             schema_version=SCHEMA_VERSION,

@@ -30,7 +30,7 @@ GOOD = '"a": [1, 2], "b": [3, 4]'
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (f"{{{GOOD}}}", "has no codes for '7', 1 of the 3 items of the data set; pass the file that was made"),
+        (f"{{{GOOD}}}", "lacks codes for '7', 1 of the 3 items of the data set; pass the file that was made"),
         (f'{{{GOOD}, "7": [5, 6], "c": [7, 8]}}', "has codes for 'c', 1 items that the data set does not have; .*"),
         (f'{{{GOOD}, "7": [5]}}', "item '7' has the levels 0, the first item has 0, 1; every item needs a code of"),
         (f'{{{GOOD}, "7": ["<a_1>", "<b_2>"]}}', "item '7' has the levels a, b, the first item has 0, 1"),

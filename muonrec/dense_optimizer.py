@@ -1,0 +1,42 @@
+"""Settings of the optimizers of what no table holds, one section of a config for whatever is trained."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, Field
+
+from muonrec.config import Config, name_only
+
+
+class MuonConfig(Config):
+    """Muon on matrices; names and meaning as `muonrec.optim.Muon`, hence as `torch.optim.Muon`.
+
+    ``match_rms_adamw`` gives an update the size of AdamW's (Liu et al. 2025), so one range of rates serves both.
+    ``normuon_beta2: 0.95`` makes it NorMuon. Blocks of fused matrices come from their roles, see ``routing``.
+    """
+
+    name: Literal["muon"] = "muon"
+    lr: float = Field(default=3e-3, gt=0)
+    weight_decay: float = Field(default=0.01, ge=0)
+    momentum: float = Field(default=0.95, ge=0, lt=1)
+    nesterov: bool = True
+    ns_steps: int = Field(default=5, ge=1, lt=100)
+    ns_coefficients: Literal["jordan", "polar_express"] = "jordan"
+    ns_gram: bool = False
+    normuon_beta2: float | None = Field(default=None, ge=0, lt=1)
+    cautious_weight_decay: bool = False
+    adjust_lr_fn: Literal["original", "match_rms_adamw", "spectral_unclamped"] = "match_rms_adamw"
+
+
+class AdamWConfig(Config):
+    """AdamW, on matrices or on the rest."""
+
+    name: Literal["adamw"] = "adamw"
+    lr: float = Field(default=1e-3, gt=0)
+    betas: tuple[float, float] = (0.9, 0.98)
+    eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.01, ge=0)
+
+
+DenseOptimizerConfig = Annotated[MuonConfig | AdamWConfig, Field(discriminator="name"), BeforeValidator(name_only)]
