@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from muonrec.batch import CANDIDATES, HISTORY, TARGETS
+from muonrec.batch import CANDIDATES, HISTORY, TARGETS, USER
 from muonrec.data.manifest import MANIFEST, read_manifest
+from muonrec.data.semantic_ids import SemanticIds
 from muonrec.embeddings.planning import (
     IN_PASSES,
     IN_STEP,
@@ -29,6 +30,7 @@ from muonrec.embeddings.planning import (
     find_changes,
     plan_job,
 )
+from muonrec.models import TigerConfig
 from pipeline.building import build_model, semantic_ids_of
 
 if TYPE_CHECKING:
@@ -66,14 +68,20 @@ def print_plan(
     cluster = Cluster(nodes, ranks_per_node, int(hbm_gib * _GIB))
     if host_gib is not None:
         cluster = dataclasses.replace(cluster, host_bytes=int(host_gib * _GIB) // ranks_per_node)
-    num_items = count_items(config, rows or {})
-    model = build_model(config, num_items=num_items, ids=semantic_ids_of(config))
+    ids = semantic_ids_of(config)
+    num_items = count_items(config, rows or {}) if ids is None else len(ids.codes)
+    if ids is not None and rows:
+        raise ValueError(
+            f"--rows names tables {sorted(rows)}, but those of {config.model.name} follow from data.semantic_ids and "
+            "num_user_tokens; leave it out"
+        )
+    model = build_model(config, num_items=num_items, ids=ids)
     is_muon = config.dense_optimizer.name == "muon"
     job = describe_job(
         model,
         config.tables,
         cluster,
-        workload=estimate_workload(config, num_items),
+        workload=estimate_workload(config, num_items) if ids is None else estimate_token_workload(config, ids),
         dense_sharding=config.dense_sharding,
         muon=is_muon,
         ns_steps=config.dense_optimizer.ns_steps if config.dense_optimizer.name == "muon" else 0,
@@ -157,6 +165,35 @@ def estimate_workload(config: TrainConfig, num_items: int) -> Workload:
             f"{element_bytes} bytes x users x {length} events x "
             f"({model.num_layers} layers x (10 D + 3 F) + 4 D + 3 (1 + K)); "
             f"D {width}, F {model.feedforward_dim}, K {scored:,} scored per event"
+        ),
+    )
+
+
+def estimate_token_workload(config: TrainConfig, ids: SemanticIds) -> Workload:
+    """`estimate_workload` of a model that reads and writes codes: L of each event."""
+    model = config.model
+    assert isinstance(model, TigerConfig)
+    num_levels, length, width = len(ids.codebook_sizes), model.max_length, model.embedding_dim
+    targets = length if model.samples == "users" else 1
+    element_bytes = 2 if config.precision == "bf16" else 4
+    # As there, of each token that is read; a block of the decoder keeps a second attention, 7 D and the users' keys and
+    # values. Of each token that is written, its logits three times.
+    heads = model.num_heads * (model.head_dim or width // model.num_heads)
+    block = 6 * width + 4 * heads + 3 * model.feedforward_dim
+    read, written = 1 + length * num_levels, targets * num_levels
+    logits = 3 * sum(ids.codebook_sizes) / num_levels
+    of_read = read * (model.num_layers * (block + 2 * heads) + 4 * width)
+    of_written = written * (model.num_layers * (block + 3 * width + 4 * heads) + 4 * width + logits)
+    return Workload(
+        batch_size=-(-config.batch_size // config.accumulate_steps),
+        name="loss.name=token_softmax",
+        ids_per_user={HISTORY: length * num_levels, TARGETS: written, USER: 1},
+        ids_per_rank={},
+        activation_bytes_per_user=float(element_bytes) * (of_read + of_written),
+        activation_formula=(
+            f"{element_bytes} bytes x users x ({read} tokens read x (layers x (6 D + 6 H + 3 F) + 4 D) + {written} "
+            f"written x (layers x (9 D + 8 H + 3 F) + 4 D + {logits:.0f} logits)); "
+            f"layers {model.num_layers}, D {width}, H {heads} in all heads, F {model.feedforward_dim}"
         ),
     )
 

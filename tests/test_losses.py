@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from muonrec.losses import NextItemLoss, binary_cross_entropy, full_softmax, sampled_softmax
+from muonrec.losses import NextItemLoss, TokenLoss, binary_cross_entropy, full_softmax, sampled_softmax, token_softmax
 
 T, K, D, M, ITEMS = 7, 11, 5, 3, 20
 
@@ -114,3 +114,17 @@ def test_a_share_without_targets_costs_nothing(made, kind):
     loss.backward()
     assert loss.item() == 0.0
     assert statistics["num_targets"] == 0
+
+
+def test_the_token_softmax_is_minus_the_log_probability_of_the_whole_item(made):
+    logits = [torch.randn(T, size, generator=torch.Generator().manual_seed(size)).double() for size in (4, 3)]
+    tokens = torch.stack([torch.arange(T) % 4, 4 + torch.arange(T) % 3], dim=1)
+    probabilities = (logits[0].softmax(1)[:, :, None] * logits[1].softmax(1)[:, None]).flatten(1)  # of all 12 items
+    expected = -probabilities[torch.arange(T), (tokens[:, 0] * 3 + tokens[:, 1] - 4)].log()
+    torch.testing.assert_close(token_softmax(logits, tokens), expected, rtol=1e-12, atol=1e-12)  # float64 rounding
+
+    batch = batch_of(made.labels, made.labels[:0])
+    batch.features["targets"] = SimpleNamespace(values=lambda: tokens.flatten())
+    loss, statistics = TokenLoss()(logits, batch)
+    torch.testing.assert_close(loss, expected.mean())
+    assert statistics == {"loss_nats": pytest.approx(loss.item()), "num_targets": T}

@@ -61,10 +61,10 @@ class DecoderState:
     def select(self, beams_BK: torch.Tensor) -> DecoderState:
         """New beam k of user b goes on from the old beam ``beams_BK[b, k]``, int64; their number may change."""
         index = beams_BK[:, :, None, None, None]
-        caches = [
-            BlockCache(*(part.gather(1, index.expand(-1, -1, *part.shape[2:])) for part in cache[:2]), cache.reads)
-            for cache in self.caches
-        ]
+        caches = []
+        for k, v, reads in self.caches:
+            k, v = (part.gather(1, index.expand(-1, -1, *part.shape[2:])) for part in (k, v))
+            caches.append(BlockCache(k, v, reads))
         return dataclasses.replace(self, caches=caches)
 
 
@@ -148,7 +148,7 @@ class EncoderDecoderTower(nn.Module):
             memory = memory.after_each_event(lengths_B[: len(users_BD)], groups, len(self.codebook_sizes))
         given_BQD = targets_TD.unflatten(0, (-1, len(self.codebook_sizes)))[:, :-1]
         x_BQD = torch.cat([self.start.expand(len(given_BQD), 1, -1), given_BQD], dim=1)
-        x_BKQD, _ = self._decode(x_BQD[:, None], memory, None)
+        x_BKQD, _ = self._decode(x_BQD[:, None], memory, None, keep=False)
         weights = self.head.weight.split(self.codebook_sizes)
         return [F.linear(x_BD, weight) for x_BD, weight in zip(x_BKQD[:, 0].unbind(1), weights, strict=True)]
 
@@ -193,13 +193,13 @@ class EncoderDecoderTower(nn.Module):
         return _Memory.of(self.encoder_norm(x_TD), layout, groups)
 
     def _decode(
-        self, x_BKQD: torch.Tensor, memory: _Memory | None, caches: list[BlockCache] | None
+        self, x_BKQD: torch.Tensor, memory: _Memory | None, caches: list[BlockCache] | None, *, keep: bool = True
     ) -> tuple[torch.Tensor, list[BlockCache]]:
         x_BKQD = self.dropout(x_BKQD)
         kept = []
         for number, block in enumerate(self.decoder):
-            x_BKQD, cache = block(x_BKQD, memory, None if caches is None else caches[number])
-            kept.append(cache)
+            x_BKQD, *cache = block(x_BKQD, memory, None if caches is None else caches[number], keep=keep)
+            kept += cache
         return self.decoder_norm(x_BKQD), kept
 
     def _log_probs(self, x_BKQD: torch.Tensor, level: int) -> torch.Tensor:
@@ -250,9 +250,12 @@ class DecoderBlock(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(
-        self, x_BKQD: torch.Tensor, memory: _Memory | None, cache: BlockCache | None
-    ) -> tuple[torch.Tensor, BlockCache]:
-        """The first codes, with what the encoder made of the users; or one more code, with the block's own cache."""
+        self, x_BKQD: torch.Tensor, memory: _Memory | None, cache: BlockCache | None, *, keep: bool
+    ) -> tuple[torch.Tensor] | tuple[torch.Tensor, BlockCache]:
+        """The first codes, with what the encoder made of the users; or one more code, with the block's own cache.
+
+        Returns what to go on with after them if asked to ``keep`` it.
+        """
         attended, k_BKNQH, v_BKNQH = self._attend_to_codes(self.self_norm(x_BKQD), cache)
         x_BKQD = x_BKQD + self.dropout(attended)
         if cache is None:
@@ -262,7 +265,7 @@ class DecoderBlock(nn.Module):
             reads = cache.reads
         x_BKQD = x_BKQD + self.dropout(self._attend_to_user(self.cross_norm(x_BKQD), reads))
         x_BKQD = x_BKQD + self.dropout(self.feedforward(self.feedforward_norm(x_BKQD)))
-        return x_BKQD, BlockCache(k_BKNQH, v_BKNQH, reads)
+        return (x_BKQD, BlockCache(k_BKNQH, v_BKNQH, reads)) if keep else (x_BKQD,)
 
     def _attend_to_codes(
         self, x_BKQD: torch.Tensor, cache: BlockCache | None
@@ -281,10 +284,12 @@ class DecoderBlock(nn.Module):
         if not layout.groups:  # no users: both projections still take part, since DDP waits for their gradients
             k_BNSH, v_BNSH = (attention.heads(part_TD[None][:0]) for part_TD in (k_TD, v_TD))
             return [Read(Queries(slice(0, 0)), k_BNSH, v_BNSH, torch.ones(0, 0, dtype=torch.bool, device=k_TD.device))]
-        return [
-            Read(queries, *(attention.heads(pad(part_TD[tokens], pad_BS)) for part_TD in (k_TD, v_TD)), visible)
-            for (tokens, pad_BS, _), queries, visible in zip(layout.groups, memory.queries, memory.visible, strict=True)
-        ]
+        reads = []
+        groups = zip(layout.groups, memory.queries, memory.visible, strict=True)
+        for (tokens, pad_BS, _), queries, visible in groups:
+            k_BNSH, v_BNSH = (attention.heads(pad(part_TD[tokens], pad_BS)) for part_TD in (k_TD, v_TD))
+            reads.append(Read(queries, k_BNSH, v_BNSH, visible))
+        return reads
 
     def _attend_to_user(self, x_BKQD: torch.Tensor, reads: list[Read]) -> torch.Tensor:
         attention = self.cross_attention

@@ -90,6 +90,26 @@ def test_an_epoch_visits_every_user_with_two_training_events_once():
     assert sorted(visited) == np.flatnonzero(SEQUENCES.num_train >= 2).tolist()
 
 
+@pytest.mark.parametrize("num_ranks", [1, 3])
+def test_an_epoch_of_prefixes_predicts_every_training_event_but_the_first_of_its_user_once(num_ranks):
+    shares = [loader(rank, num_ranks, samples="prefixes", batch_size=64) for rank in range(num_ranks)]
+    targets = []
+    for step in range(shares[0].steps_per_epoch):
+        for batch in (share.share(step) for share in shares):
+            histories = batch.features[HISTORY].to_dense()
+            assert torch.equal(batch.features[TARGETS].values(), batch.labels)
+            assert batch.features[TARGETS].lengths().sum() == len(batch.user_ids)
+            for user, history, label in zip(batch.user_ids.tolist(), histories, batch.labels.tolist(), strict=False):
+                first, count = SEQUENCES.offsets[user], SEQUENCES.num_train[user]
+                events = SEQUENCES.values[first : first + count].tolist()
+                # An item may come twice, so the place is told by all that went before.
+                places = [place for place in range(1, count) if events[max(place - 20, 0) : place] == history.tolist()]
+                [place] = [place for place in places if events[place] == label]
+                targets.append((user, place))
+    every = [(user, place) for user, count in enumerate(SEQUENCES.num_train) for place in range(1, count)]
+    assert sorted(targets) == every
+
+
 def test_epochs_and_seeds_have_orders_of_their_own():
     first = loader()
     assert list(rows(first.share(0))) != list(rows(first.share(first.steps_per_epoch)))

@@ -19,6 +19,9 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 import pipeline.eval as eval_stage
 from muonrec.batch import HISTORY
 from muonrec.config import load_config
+from muonrec.data.semantic_ids.build import build_semantic_ids
+from muonrec.data.semantic_ids.config import SemanticIdsConfig
+from muonrec.data.semantic_ids.stored import load_raw_ids
 from muonrec.data.synthetic import SyntheticSource
 from muonrec.models import MODELS
 from pipeline.data import DataConfig, build_dataset
@@ -31,8 +34,13 @@ SETTINGS = {
     "sasrec": {"num_layers": 1, "feedforward_dim": 16},
     "gru4rec": {"hidden_dim": 12, "num_layers": 2},
     "caser": {"window": 3, "num_horizontal": 4, "num_vertical": 2},
-    "hstu": {"num_layers": 1, "num_heads": 2},
+    "hstu": {"num_layers": 1, "num_heads": 2, "linear_dim": 4, "attention_dim": 3},
+    "tiger": {"num_layers": 1, "num_heads": 2, "head_dim": None, "feedforward_dim": 16, "samples": "users"},
 }
+TABLE = {"lr": 0.1, "sharding": "row_wise"}
+# Of models over codes, of which an item has several.
+OVER_CODES = {"tiger": {"loss": "token_softmax", "tables": {"token": TABLE, "user": TABLE}}}
+NUM_LEVELS = 3
 SOURCE = {"format": "synthetic", "num_users": 33, "num_items": 40}
 STEPS, HALF = 6, 3
 
@@ -41,7 +49,14 @@ STEPS, HALF = 6, 3
 def dataset(tmp_path_factory):
     folder = tmp_path_factory.mktemp("contract") / "data"
     build_dataset(DataConfig(source=SyntheticSource(**SOURCE), output=folder, k_core=1))
+    codes = {raw_id: [row % 4, row // 4 % 4, row // 16] for row, raw_id in enumerate(load_raw_ids(folder))}
+    (folder.parent / "codes.json").write_text(json.dumps(codes))
+    build_semantic_ids(SemanticIdsConfig(source=ids_source(folder)), folder)
     return folder
+
+
+def ids_source(dataset):
+    return {"name": "ready_made", "path": str(dataset.parent / "codes.json")}
 
 
 def config_of(name, dataset, tmp_path):
@@ -51,7 +66,7 @@ def config_of(name, dataset, tmp_path):
         "data": {"source": SOURCE, "output": str(dataset), "k_core": 1},
         "model": {"name": name, "embedding_dim": 8, "max_length": 12, "dropout": 0.0, **SETTINGS[name]},
         "loss": "full_softmax",
-        "tables": {"item": {"lr": 0.1, "sharding": "row_wise"}},
+        "tables": {"item": TABLE},
         "dense_optimizer": {"name": "adamw", "lr": 0.01},
         "batch_size": 32,
         "num_streams": 2,
@@ -60,7 +75,10 @@ def config_of(name, dataset, tmp_path):
         "tensorboard": False,
         "validation": {"every_steps": STEPS, "max_users": 8},
         "checkpoints": {"every_steps": HALF, "keep": 2},
+        **OVER_CODES.get(name, {}),
     }
+    if name in OVER_CODES:
+        tree["data"]["semantic_ids"] = {"source": ids_source(dataset)}
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(tree))
     return path
@@ -76,13 +94,13 @@ def trained(path, *overrides):
 
 
 def hidden_states(run, batch):
-    """What the loss is given to score: a row per target, in the order of the batch's events."""
+    """What the loss is given: a row per target, in the order of the batch's events; of codes their logits."""
     seen = []
-    hook = run.model.module.loss.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0].detach()))
+    hook = run.model.module.loss.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
     run.model.train()
     run.model(batch)
     hook.remove()
-    return seen[0]
+    return (torch.cat(seen[0], dim=1) if isinstance(seen[0], list) else seen[0]).detach()
 
 
 def on_one_rank(path):
@@ -90,20 +108,23 @@ def on_one_rank(path):
     config, ranks = load_config(TrainConfig, path), this_rank()
     run = Run.start(config, ranks)
     batch = run.loader.share(0)
-    lengths = batch.features[HISTORY].lengths().tolist()
+    per_event = 1 if run.ids is None else NUM_LEVELS
+    num_rows = run.sequences.num_items if run.ids is None else sum(run.ids.codebook_sizes)
+    lengths = (batch.features[HISTORY].lengths() // per_event).tolist()
     together_TD = hidden_states(run, batch)
     found = {"packed": [], "causal": []}
     for user, together in zip(batch.user_ids.tolist(), together_TD.split(lengths), strict=True):
         # A user with one event of training has nothing to learn from, so this one is alone.
         only = np.where(run.sequences.user_ids == user, run.sequences.num_train, 1).astype(np.int32)
         single = config.model_copy(update={"batch_size": 1, "num_streams": 1})
-        alone = make_loader(single, dataclasses.replace(run.sequences, num_train=only), ranks).share(0)
+        alone = make_loader(single, dataclasses.replace(run.sequences, num_train=only), ranks, run.ids).share(0)
         assert alone.user_ids.tolist() == [user]
         found["packed"].append((together, hidden_states(run, alone)))
 
     for first_changed in (1, lengths[0] - 1):  # of the user with the longest history
         values = batch.features.values().clone()
-        values[first_changed : lengths[0]] = (values[first_changed : lengths[0]] + 1) % run.sequences.num_items
+        ids = slice(first_changed * per_event, lengths[0] * per_event)
+        values[ids] = (values[ids] + 1) % num_rows
         features = KeyedJaggedTensor(
             batch.features.keys(), values, lengths=batch.features.lengths(), stride=batch.features.stride()
         )
@@ -114,7 +135,7 @@ def on_one_rank(path):
     for bad in (-1, run.sequences.num_items):
         broken = dataclasses.replace(run.sequences, values=np.full_like(run.sequences.values, bad))
         try:
-            make_loader(config, broken, ranks).share(0)
+            make_loader(config, broken, ranks, run.ids).share(0)
         except ValueError as error:
             found["refused"].append(str(error))
     found["losses"] = trained(path, f"output={config.output}-1")
@@ -124,7 +145,7 @@ def on_one_rank(path):
 def on_two_ranks(path):
     """Runs with both optimizers and dense shardings, one cut in half and begun again, one repeated; an evaluation."""
     config = load_config(TrainConfig, path)
-    empty = [make_loader(config, Run.start(config, this_rank()).sequences, this_rank()).share(1).user_ids.numel()]
+    empty = [Run.start(config, this_rank()).loader.share(1).user_ids.numel()]
     found = {"adamw": trained(path, "dense_sharding=fsdp2")}
     muon = ("dense_optimizer=muon", "model.dropout=0.3")
     whole = config.output.with_name("muon")
