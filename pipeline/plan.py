@@ -139,7 +139,7 @@ def count_items(config: TrainConfig, rows: Mapping[str, int]) -> int:
 def estimate_workload(config: TrainConfig, num_items: int) -> Workload:
     """What a step of ``config`` looks up and keeps, every history at its full length: an upper bound."""
     model, loss = config.model, config.loss
-    length, width = model.max_length, model.embedding_dim
+    length = model.max_length
     element_bytes = 2 if config.precision == "bf16" else 4
     shared = {"all": num_items, "in_batch": 0, "per_target": 0}.get(loss.candidates, loss.num_negatives)
     scored = {"full_softmax": num_items, "in_batch_softmax": length, "bce": loss.num_negatives}.get(
@@ -151,10 +151,8 @@ def estimate_workload(config: TrainConfig, num_items: int) -> Workload:
     }
     if loss.candidates == "per_target":
         ids_per_user[CANDIDATES] = length * loss.num_negatives
-    # What autograd keeps of a block: inputs and outputs of two norms, q, k, v, attention's output, two residuals and a
-    # dropped branch (10 D), the hidden layer before and after its activation and dropout (3 F). SDPA's fused kernels
-    # keep no probabilities. The loss keeps its logits, masked and exponentiated (3), the tower its input and output.
-    tower = model.num_layers * (10 * width + 3 * model.feedforward_dim) + 4 * width
+    # The loss keeps its logits, masked and exponentiated.
+    tower, words = model.tower_activations()
     return Workload(
         batch_size=-(-config.batch_size // config.accumulate_steps),
         name=f"loss.name={loss.name}",
@@ -162,9 +160,7 @@ def estimate_workload(config: TrainConfig, num_items: int) -> Workload:
         ids_per_rank={} if loss.candidates == "per_target" else {CANDIDATES: shared},
         activation_bytes_per_user=float(element_bytes) * length * (tower + 3 * (1 + scored)),
         activation_formula=(
-            f"{element_bytes} bytes x users x {length} events x "
-            f"({model.num_layers} layers x (10 D + 3 F) + 4 D + 3 (1 + K)); "
-            f"D {width}, F {model.feedforward_dim}, K {scored:,} scored per event"
+            f"{element_bytes} bytes x users x {length} events x ({words} + 3 (1 + K)); K {scored:,} scored per event"
         ),
     )
 
@@ -176,8 +172,8 @@ def estimate_token_workload(config: TrainConfig, ids: SemanticIds) -> Workload:
     num_levels, length, width = len(ids.codebook_sizes), model.max_length, model.embedding_dim
     targets = length if model.samples == "users" else 1
     element_bytes = 2 if config.precision == "bf16" else 4
-    # As there, of each token that is read; a block of the decoder keeps a second attention, 7 D and the users' keys and
-    # values. Of each token that is written, its logits three times.
+    # As `SASRecConfig.tower_activations`, of each token that is read; a block of the decoder keeps a second attention,
+    # 7 D and the users' keys and values. Of each token that is written, its logits three times.
     heads = model.num_heads * (model.head_dim or width // model.num_heads)
     block = 6 * width + 4 * heads + 3 * model.feedforward_dim
     read, written = 1 + length * num_levels, targets * num_levels

@@ -27,6 +27,15 @@ class CaserConfig(Config):
     dropout: float = Field(default=0.2, ge=0, lt=1)
     max_length: int = Field(default=50, ge=1)
 
+    def tower_activations(self) -> tuple[int, str]:
+        """As `SASRecConfig.tower_activations`: features convolved, pooled, activated, joined and dropped; the rows
+        of events that stand with gaps between users count as one more window of short histories.
+        """
+        width = self.embedding_dim
+        features = self.window * self.num_horizontal + self.num_vertical * width
+        words = f"5 x {features} features + 6 x {width}"
+        return 5 * features + 6 * width, words
+
 
 class Caser(SequentialModel):
     """Caser on packed events."""

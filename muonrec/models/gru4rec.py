@@ -26,6 +26,12 @@ class GRU4RecConfig(Config):
     hidden_dropout: float = Field(default=0.0, ge=0, lt=1)
     max_length: int = Field(default=50, ge=1)
 
+    def tower_activations(self) -> tuple[int, str]:
+        """As `SASRecConfig.tower_activations`: of a layer three gates twice, states, and both of them dropped."""
+        width, hidden = self.embedding_dim, self.hidden_dim
+        words = f"{self.num_layers} layers x 9 x {hidden} + 4 x {width}"
+        return self.num_layers * 9 * hidden + 4 * width, words
+
 
 class GRU4Rec(SequentialModel):
     """GRU4Rec on packed events."""

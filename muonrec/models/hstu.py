@@ -11,7 +11,7 @@ from muonrec.batch import SequenceBatch
 from muonrec.config import Config
 from muonrec.losses import NextItemLoss
 from muonrec.models.sequential import SequentialModel
-from muonrec.towers.hstu import HSTUTower
+from muonrec.towers.hstu import QUERY_BLOCK, HSTUTower
 from muonrec.towers.transformer import Positions
 
 logger = logging.getLogger(__name__)
@@ -38,6 +38,18 @@ class HSTUConfig(Config):
     time_bias: bool | None = None
     normalize: bool = False
     scale_input: bool = True
+
+    def tower_activations(self) -> tuple[int, str]:
+        """As `SASRecConfig.tower_activations`: of a layer u, v, q, k three times, values attended and gated, the norm
+        and the residual; scores, kept of 128 queries at a time, four times over.
+        """
+        width, heads = self.embedding_dim, self.num_heads
+        projected = 2 * heads * (self.linear_dim + self.attention_dim)
+        scores = heads * min(self.max_length, QUERY_BLOCK)
+        layer = 3 * projected + 4 * heads * self.linear_dim + 4 * width + 4 * scores
+        words = f"{self.num_layers} layers x (3 x {projected} of uvqk + 4 x {heads * self.linear_dim} + 4 x {width}"
+        words += f" + 4 x {scores} scores) + 4 x {width}"
+        return self.num_layers * layer + 4 * width, words
 
     def on_data(self, *, has_times: bool) -> HSTUConfig:
         """The same with ``time_bias`` decided by whether the data set has times.

@@ -27,6 +27,17 @@ class SASRecConfig(Config):
     positions: Positions = "from_end"
     scale_input: bool = True
 
+    def tower_activations(self) -> tuple[int, str]:
+        """Numbers of an event that autograd keeps in the tower, and their sum in words; an upper bound.
+
+        Of a block: inputs and outputs of two norms, q, k, v, attention's output, two residuals and a dropped branch
+        (10 D), the hidden layer before and after its activation and dropout (3 F). SDPA's fused kernels keep no
+        probabilities. The tower keeps its input and output.
+        """
+        width, hidden = self.embedding_dim, self.feedforward_dim
+        words = f"{self.num_layers} layers x (10 x {width} + 3 x {hidden}) + 4 x {width}"
+        return self.num_layers * (10 * width + 3 * hidden) + 4 * width, words
+
 
 class SASRec(SequentialModel):
     """SASRec on packed events."""
