@@ -32,9 +32,10 @@ from muonrec.metrics import ranking_metrics
 from muonrec.models import MODELS, ModelConfig, SASRecConfig, ShardedEncoder
 from muonrec.optim import Schedule, format_routing
 from muonrec.retrieval import rank_targets
-from muonrec.runlog import Clock, RunLog, configure_logging, run_stage
+from muonrec.runlog import Clock, RunLog, Stopwatch, configure_logging, peak_memory_bytes, run_stage
 from muonrec.supervision import Supervision
 from pipeline.data import DataConfig, check_same_data
+from pipeline.fingerprints import record_fingerprints
 from pipeline.plan import parse_ranks, parse_rows, print_plan
 from pipeline.resuming import check_output, check_trained_on, choose_checkpoints, first_items
 
@@ -149,6 +150,8 @@ class TrainConfig(Config):
             batch's gradient; with row-wise Adagrad that is not the update of the sum.
         precision: ``bf16`` runs the forward pass under `torch.autocast`; weights, optimizers and tables stay float32.
             There is no fp16: it needs a GradScaler, and the fused tables would take the scaled gradients.
+        fingerprints: write ``fingerprints.json``, hashes of the initial weights and of the data's order, that
+            `pipeline.compare` checks.
     """
 
     output: Path
@@ -176,6 +179,7 @@ class TrainConfig(Config):
     checkpoints: CheckpointConfig = CheckpointConfig()
     log_every_steps: int = Field(default=10, ge=1)
     tensorboard: bool = True
+    fingerprints: bool = False
 
     @model_validator(mode="after")
     def _one_length(self) -> TrainConfig:
@@ -248,12 +252,17 @@ def train(config: TrainConfig, ranks: Ranks) -> None:
     supervision = Supervision(config.output, ranks)
     root = config.output / "checkpoints"
     step, best = run.resume(root)
+    if config.fingerprints and step == 0:
+        whole = dataclasses.replace(ranks, rank=0, num_ranks=1)
+        record_fingerprints(config.output, run.model, make_loader(config, run.sequences, whole), ranks)
     saved = step
     settings = config.checkpoints
     writer = checkpoint.Writer(
         root, keep=settings.keep, asynchronous=settings.asynchronous, may_commit=supervision.may_write
     )
-    accumulated = AccumulatedStep(run.optimizer, run.model)
+    cuda = ranks.device.type == "cuda"
+    stopwatch = Stopwatch(cuda=cuda)
+    accumulated = AccumulatedStep(run.optimizer, run.model, timed=stopwatch)
     pipeline = TrainPipelineSparseDist(run.model, accumulated, ranks.device)
     log = RunLog(
         config.output, enabled=ranks.is_first, start_step=step, num_steps=run.num_steps, tensorboard=config.tensorboard
@@ -283,6 +292,7 @@ def train(config: TrainConfig, ranks: Ranks) -> None:
                 clock.count(statistics["num_targets"])
                 if step % config.log_every_steps == 0 or step == end:
                     numbers = {**statistics, **rates, **run.norms(), **clock.lap()}
+                    numbers["optimizer_s"] = stopwatch.lap()
                     log.write(step, epoch=step / run.steps_per_epoch, **numbers)
                     log.show(step, loss_nats=statistics["loss_nats"], events_per_s=numbers["events_per_s"])
                 if step % config.checkpoints.every_steps == 0 and step != end:
@@ -297,7 +307,7 @@ def train(config: TrainConfig, ranks: Ranks) -> None:
                 metrics = run.validate()
                 pipeline.attach(run.model)
                 best = best.after(step, metrics["valid_ndcg@10"], seconds=clock.seconds)
-                log.write(step, **metrics, seconds=clock.seconds)
+                log.write(step, **metrics, seconds=clock.seconds, peak_memory_bytes=peak_memory_bytes(cuda=cuda))
                 ndcg = metrics["valid_ndcg@10"]
                 log.say(f"step {step}: validation NDCG@10 {ndcg:.4f}, best {best.value:.4f} at {best.step}")
                 supervision.check_lease()

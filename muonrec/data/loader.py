@@ -85,12 +85,13 @@ class TrainingBatches:
         """Yield the batches of steps ``start_step`` to ``num_steps``, assembled by a background thread."""
         return prefetched(lambda: (self.share(step) for step in range(start_step, num_steps)), depth=prefetch)
 
+    def users(self, step: int) -> np.ndarray:
+        """Rows of the users of this rank's share of global batch ``step``, int64, in the order of the streams."""
+        return np.concatenate(self._users_by_stream(step))
+
     def share(self, step: int) -> SequenceBatch:
         """This rank's share of global batch ``step``."""
-        epoch, index = divmod(step, self.steps_per_epoch)
-        self._shuffle(epoch)
-        first = index * self._users_per_stream
-        slices = [self._order[stream][first : first + self._users_per_stream] for stream in self._my_streams]
+        slices = self._users_by_stream(step)
         users = np.concatenate(slices)
         streams = np.repeat(np.fromiter(self._my_streams, np.int64), [len(part) for part in slices])
 
@@ -114,6 +115,12 @@ class TrainingBatches:
             num_items=self._sequences.num_items,
             step=step,
         )
+
+    def _users_by_stream(self, step: int) -> list[np.ndarray]:
+        epoch, index = divmod(step, self.steps_per_epoch)
+        self._shuffle(epoch)
+        first = index * self._users_per_stream
+        return [self._order[stream][first : first + self._users_per_stream] for stream in self._my_streams]
 
     def _candidates(self, step: int, streams: np.ndarray, lengths: np.ndarray, by_length: np.ndarray) -> np.ndarray:
         if self._sampler.kind != "per_target":
