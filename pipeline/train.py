@@ -23,16 +23,17 @@ from muonrec.data.loader import TrainingBatches, evaluation_batches, seen_items
 from muonrec.data.shards import Sequences, load_sequences
 from muonrec.embeddings.comms import CommsConfig
 from muonrec.embeddings.fused import check_tables
-from muonrec.embeddings.joined import AccumulatedStep, JoinedOptimizer, build_optimizer
+from muonrec.embeddings.joined import AccumulatedStep, JoinedOptimizer, build_optimizer, explain
 from muonrec.embeddings.sharding import DenseSharding, format_plan, shard_model
 from muonrec.embeddings.tables import TableConfig, initialize_tables, table_of
 from muonrec.losses import Loss, NextItemLoss
 from muonrec.mesh import Ranks, join_ranks
 from muonrec.metrics import ranking_metrics
 from muonrec.models import MODELS, ModelConfig, SASRecConfig, ShardedEncoder
-from muonrec.optim import Schedule, format_routing
+from muonrec.optim import Schedule, Split, format_routing
 from muonrec.retrieval import rank_targets
 from muonrec.runlog import Clock, RunLog, Stopwatch, configure_logging, peak_memory_bytes, run_stage
+from muonrec.spectra import SpectraLog
 from muonrec.supervision import Supervision
 from pipeline.data import DataConfig, check_same_data
 from pipeline.fingerprints import record_fingerprints
@@ -152,6 +153,8 @@ class TrainConfig(Config):
             There is no fp16: it needs a GradScaler, and the fused tables would take the scaled gradients.
         fingerprints: write ``fingerprints.json``, hashes of the initial weights and of the data's order, that
             `pipeline.compare` checks.
+        spectra: at each validation, write singular values of some of the tower's matrices, and of what the step before
+            it added to them, to ``spectra.parquet``; outside of the seconds of training.
     """
 
     output: Path
@@ -180,6 +183,7 @@ class TrainConfig(Config):
     log_every_steps: int = Field(default=10, ge=1)
     tensorboard: bool = True
     fingerprints: bool = False
+    spectra: bool = False
 
     @model_validator(mode="after")
     def _one_length(self) -> TrainConfig:
@@ -267,6 +271,7 @@ def train(config: TrainConfig, ranks: Ranks) -> None:
     log = RunLog(
         config.output, enabled=ranks.is_first, start_step=step, num_steps=run.num_steps, tensorboard=config.tensorboard
     )
+    spectra = SpectraLog(config.output, run.matrices(), is_first=ranks.is_first, start_step=step)
     clock = Clock(already_s=best.seconds)
     with log, supervision, writer:
         while step < run.num_steps and not best.is_stale(config.validation.patience):
@@ -282,6 +287,9 @@ def train(config: TrainConfig, ranks: Ranks) -> None:
                         run.save(writer, step, dataclasses.replace(best, seconds=clock.seconds))
                     writer.finish()
                     supervision.stop(step)
+                if step + 1 == end:
+                    with clock.paused():
+                        spectra.before_step()
                 rates = run.set_rates(step)
                 run.seed_dropout(step)
                 statistics = {"loss_nats": 0.0, "num_targets": 0.0}
@@ -303,6 +311,7 @@ def train(config: TrainConfig, ranks: Ranks) -> None:
                     log.write(step, checkpoint_pause_s=writer.pause_s)
 
             with clock.paused():
+                spectra.after_step(step)
                 run.model = pipeline.detach()
                 metrics = run.validate()
                 pipeline.attach(run.model)
@@ -473,6 +482,14 @@ class Run:
     def seed_dropout(self, step: int) -> None:
         """Make the step's random numbers a function of seed, step and rank, so that none have to be saved."""
         torch.manual_seed(((self.config.seed * 1_000_003 + step) * 65_537 + self.ranks.rank) % 2**63)
+
+    def matrices(self) -> dict[str, tuple[torch.Tensor, Split | None]]:
+        """The matrices to record the spectra of, with the blocks in which Muon takes them, whoever updates them."""
+        part = self.optimizer.parts.get("muon", self.optimizer.parts.get("matrices"))
+        if not self.config.spectra or part is None:
+            return {}
+        routing = explain(self.model, overrides=self.config.routing)
+        return {a.name: (part.params[a.name], a.split) for a in routing if a.optimizer == "muon"}
 
     def norms(self) -> dict[str, float]:
         """The norm the last step clipped, if it did."""
