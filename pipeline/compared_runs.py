@@ -48,7 +48,17 @@ logger = logging.getLogger(__name__)
 
 ROOT = Path(__file__).resolve().parents[1]
 # What changes where or how often a run writes, and not what it learns; the data set counts by its fingerprint.
-_NOT_LEARNED = {"output", "data", "tensorboard", "log_every_steps", "checkpoints", "fingerprints"}
+_NOT_LEARNED = {
+    "output",
+    "data",
+    "tensorboard",
+    "log_every_steps",
+    "checkpoints",
+    "fingerprints",
+    "spectra_every_steps",
+}
+# Of the first seed's final runs.
+_SPECTRA_PER_RUN = 10
 _METRIC = "ndcg@10"
 
 
@@ -93,6 +103,8 @@ class Experiment:
         num_steps = self.steps(asked.budget)
         tree |= {"output": str(output), "seed": asked.seed, "num_steps": num_steps, "num_epochs": None}
         tree |= {"tensorboard": False, "fingerprints": True}
+        if asked.stage == "final" and asked.seed == config.seeds[0]:
+            tree["spectra_every_steps"] = max(num_steps // _SPECTRA_PER_RUN, 1)
         set_at(tree, "validation.every_steps", max(int(config.evaluate_every * num_steps), 1))
         set_at(tree, "validation.max_users", config.validation_users)
         return parse_config(TrainConfig, tree, source=f"arm {asked.arm}")

@@ -38,6 +38,7 @@ from pipeline.data import DataConfig, check_same_data
 from pipeline.fingerprints import record_fingerprints
 from pipeline.plan import parse_ranks, parse_rows, print_plan
 from pipeline.resuming import check_output, check_trained_on, choose_checkpoints, first_items
+from pipeline.spectra import Spectra
 
 logger = logging.getLogger(__name__)
 
@@ -152,6 +153,8 @@ class TrainConfig(Config):
             There is no fp16: it needs a GradScaler, and the fused tables would take the scaled gradients.
         fingerprints: write ``fingerprints.json``, hashes of the initial weights and of the data's order, that
             `pipeline.compare` checks.
+        spectra_every_steps: write ``spectra.jsonl``, singular values of the tower's matrices and of their updates; 0:
+            never.
     """
 
     output: Path
@@ -180,6 +183,7 @@ class TrainConfig(Config):
     log_every_steps: int = Field(default=10, ge=1)
     tensorboard: bool = True
     fingerprints: bool = False
+    spectra_every_steps: int = Field(default=0, ge=0)
 
     @model_validator(mode="after")
     def _one_length(self) -> TrainConfig:
@@ -256,6 +260,8 @@ def train(config: TrainConfig, ranks: Ranks) -> None:
         whole = dataclasses.replace(ranks, rank=0, num_ranks=1)
         record_fingerprints(config.output, run.model, make_loader(config, run.sequences, whole), ranks)
     saved = step
+    every = config.spectra_every_steps
+    spectra = Spectra(config.output, run.model, config.routing, every_steps=every, enabled=ranks.is_first)
     settings = config.checkpoints
     writer = checkpoint.Writer(
         root, keep=settings.keep, asynchronous=settings.asynchronous, may_commit=supervision.may_write
@@ -285,9 +291,10 @@ def train(config: TrainConfig, ranks: Ranks) -> None:
                 rates = run.set_rates(step)
                 run.seed_dropout(step)
                 statistics = {"loss_nats": 0.0, "num_targets": 0.0}
-                for _ in accumulated.over(run.micro_steps(step)):
-                    for name, part in pipeline.progress(batches).items():
-                        statistics[name] += part
+                with spectra.around(step + 1):
+                    for _ in accumulated.over(run.micro_steps(step)):
+                        for name, part in pipeline.progress(batches).items():
+                            statistics[name] += part
                 step += 1
                 clock.count(statistics["num_targets"])
                 if step % config.log_every_steps == 0 or step == end:

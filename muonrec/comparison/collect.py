@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from muonrec.comparison.results import RunResult
+from muonrec.comparison.results import RunResult, Spectrum
 from muonrec.report import RunRecord, read_run
+from muonrec.runlog import read_metrics
 
-# As pipeline.fingerprints writes it.
-FINGERPRINTS = "fingerprints.json"
+# As pipeline.fingerprints and pipeline.spectra write them.
+FINGERPRINTS, SPECTRA = "fingerprints.json", "spectra.jsonl"
 
 
 def collect(folder: Path, run: RunResult, metric: str) -> tuple[RunResult, dict[str, np.ndarray] | None]:
@@ -45,6 +46,7 @@ def collect(folder: Path, run: RunResult, metric: str) -> tuple[RunResult, dict[
         curve_value=tuple(point[f"valid_{metric}"] for point in points),
         peak_memory_bytes=max((point.get("peak_memory_bytes", 0) for point in points), default=0),
         fingerprints=json.loads(fingerprints.read_text()) if fingerprints.is_file() else {},
+        spectra=_spectra(folder / SPECTRA),
         **_speed(record),
     )
     if run.stage == "tune" or not record.metrics or record.ranked is None:
@@ -75,3 +77,10 @@ def _speed(record: RunRecord) -> dict[str, Any]:
         "events_per_s": targets / max(seconds, 1e-9),
         "optimizer_share": optimizer_s / max(seconds, 1e-9),
     }
+
+
+def _spectra(path: Path) -> tuple[Spectrum, ...]:
+    if not path.is_file():
+        return ()
+    found = {(line["step"], line["name"], line["what"]): line for line in read_metrics(path)}
+    return tuple(Spectrum(**{**line, "singular_values": tuple(line["singular_values"])}) for line in found.values())
