@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from muonrec.config import flat
 from muonrec.figures import figure_style, line_styles, max_ticks, reach, subplots, svg
 from muonrec.metrics import Interval, metrics_per_user, paired_bootstrap_difference
 from muonrec.page import duration, percent, pretty, short, times, write_page
@@ -90,7 +91,7 @@ def read_run(folder: str | Path, *, name: str | None = None) -> RunRecord:
     lines = read_metrics(log) if log.is_file() else []
     return RunRecord(
         name=name or folder.resolve().name,
-        config=_flat(yaml.safe_load((folder / "resolved.yaml").read_text()) or {}),
+        config=flat(yaml.safe_load((folder / "resolved.yaml").read_text()) or {}),
         training=_by_step(line for line in lines if "loss_nats" in line),
         validation=_by_step(line for line in lines if any(key.startswith("valid_") for key in line)),
         metrics=_read_json(folder / METRICS),
@@ -579,11 +580,3 @@ def _by_step(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     for line in lines:
         by_step[line["step"]] = by_step.get(line["step"], {}) | line
     return [by_step[step] for step in sorted(by_step)]
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        path = f"{prefix}{key}"
-        flat.update(_flat(value, f"{path}.") if isinstance(value, Mapping) and value else {path: value})
-    return flat

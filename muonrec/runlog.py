@@ -134,6 +134,10 @@ class Progress:
         """Say that there will be about ``total``."""
         self._total = max(total, self._done)
 
+    def expect_less(self, count: float) -> None:
+        """Say that ``count`` of what was expected need not be done."""
+        self.expect((self._total or 0) - count)
+
     @property
     def done(self) -> float:
         """How many are done."""

@@ -23,22 +23,22 @@ from muonrec.data.loader import TrainingBatches, evaluation_batches, seen_items
 from muonrec.data.shards import Sequences, load_sequences
 from muonrec.embeddings.comms import CommsConfig
 from muonrec.embeddings.fused import check_tables
-from muonrec.embeddings.joined import AccumulatedStep, JoinedOptimizer, build_optimizer, explain
+from muonrec.embeddings.joined import AccumulatedStep, JoinedOptimizer, build_optimizer
 from muonrec.embeddings.sharding import DenseSharding, format_plan, shard_model
 from muonrec.embeddings.tables import TableConfig, initialize_tables, table_of
 from muonrec.losses import Loss, NextItemLoss
 from muonrec.mesh import Ranks, join_ranks
 from muonrec.metrics import ranking_metrics
 from muonrec.models import MODELS, ModelConfig, SASRecConfig, ShardedEncoder
-from muonrec.optim import Schedule, Split, format_routing
+from muonrec.optim import Schedule, format_routing
 from muonrec.retrieval import rank_targets
 from muonrec.runlog import Clock, RunLog, Stopwatch, configure_logging, peak_memory_bytes, run_stage
-from muonrec.spectra import SpectraLog
 from muonrec.supervision import Supervision
 from pipeline.data import DataConfig, check_same_data
 from pipeline.fingerprints import record_fingerprints
 from pipeline.plan import parse_ranks, parse_rows, print_plan
 from pipeline.resuming import check_output, check_trained_on, choose_checkpoints, first_items
+from pipeline.spectra import Spectra
 
 logger = logging.getLogger(__name__)
 
@@ -153,8 +153,8 @@ class TrainConfig(Config):
             There is no fp16: it needs a GradScaler, and the fused tables would take the scaled gradients.
         fingerprints: write ``fingerprints.json``, hashes of the initial weights and of the data's order, that
             `pipeline.compare` checks.
-        spectra: at each validation, write singular values of some of the tower's matrices, and of what the step before
-            it added to them, to ``spectra.parquet``; outside of the seconds of training.
+        spectra_every_steps: write ``spectra.jsonl``, singular values of the tower's matrices and of their updates; 0:
+            never.
     """
 
     output: Path
@@ -183,7 +183,7 @@ class TrainConfig(Config):
     log_every_steps: int = Field(default=10, ge=1)
     tensorboard: bool = True
     fingerprints: bool = False
-    spectra: bool = False
+    spectra_every_steps: int = Field(default=0, ge=0)
 
     @model_validator(mode="after")
     def _one_length(self) -> TrainConfig:
@@ -271,8 +271,9 @@ def train(config: TrainConfig, ranks: Ranks) -> None:
     log = RunLog(
         config.output, enabled=ranks.is_first, start_step=step, num_steps=run.num_steps, tensorboard=config.tensorboard
     )
-    spectra = SpectraLog(config.output, run.matrices(), is_first=ranks.is_first, start_step=step)
     clock = Clock(already_s=best.seconds)
+    every, speaks = config.spectra_every_steps, ranks.is_first
+    spectra = Spectra(config.output, run.model, config.routing, every_steps=every, enabled=speaks, paused=clock.paused)
     with log, supervision, writer:
         while step < run.num_steps and not best.is_stale(config.validation.patience):
             # A stretch between two validations: the pipeline ends it with no batch in flight, since TorchRec's sharded
@@ -287,15 +288,13 @@ def train(config: TrainConfig, ranks: Ranks) -> None:
                         run.save(writer, step, dataclasses.replace(best, seconds=clock.seconds))
                     writer.finish()
                     supervision.stop(step)
-                if step + 1 == end:
-                    with clock.paused():
-                        spectra.before_step()
                 rates = run.set_rates(step)
                 run.seed_dropout(step)
                 statistics = {"loss_nats": 0.0, "num_targets": 0.0}
-                for _ in accumulated.over(run.micro_steps(step)):
-                    for name, part in pipeline.progress(batches).items():
-                        statistics[name] += part
+                with spectra.around(step + 1):
+                    for _ in accumulated.over(run.micro_steps(step)):
+                        for name, part in pipeline.progress(batches).items():
+                            statistics[name] += part
                 step += 1
                 clock.count(statistics["num_targets"])
                 if step % config.log_every_steps == 0 or step == end:
@@ -311,7 +310,6 @@ def train(config: TrainConfig, ranks: Ranks) -> None:
                     log.write(step, checkpoint_pause_s=writer.pause_s)
 
             with clock.paused():
-                spectra.after_step(step)
                 run.model = pipeline.detach()
                 metrics = run.validate()
                 pipeline.attach(run.model)
@@ -482,14 +480,6 @@ class Run:
     def seed_dropout(self, step: int) -> None:
         """Make the step's random numbers a function of seed, step and rank, so that none have to be saved."""
         torch.manual_seed(((self.config.seed * 1_000_003 + step) * 65_537 + self.ranks.rank) % 2**63)
-
-    def matrices(self) -> dict[str, tuple[torch.Tensor, Split | None]]:
-        """The matrices to record the spectra of, with the blocks in which Muon takes them, whoever updates them."""
-        part = self.optimizer.parts.get("muon", self.optimizer.parts.get("matrices"))
-        if not self.config.spectra or part is None:
-            return {}
-        routing = explain(self.model, overrides=self.config.routing)
-        return {a.name: (part.params[a.name], a.split) for a in routing if a.optimizer == "muon"}
 
     def norms(self) -> dict[str, float]:
         """The norm the last step clipped, if it did."""

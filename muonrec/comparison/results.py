@@ -152,6 +152,7 @@ class RunResult:
             and how many others the same; None for a trial.
         per_unit: values by metric, float64 ``[N]`` each, of runs that are not rankings: what the bootstrap resamples.
         spectra: of the tower's matrices, where the run recorded any.
+        superseded: of an earlier design or of earlier sources: kept, and no part of the answer.
     """
 
     run: str
@@ -183,6 +184,7 @@ class RunResult:
     num_equal: np.ndarray | None = None
     per_unit: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
     spectra: tuple[Spectrum, ...] = ()
+    superseded: bool = False
 
     def per_target(self, metric: str) -> np.ndarray | None:
         """float64 ``[N]``: ``metric`` of every test target, in the order of ``targets.parquet``; None if unknown."""
@@ -215,15 +217,22 @@ class Comparison:
         """Names of the arms, in order."""
         return tuple(arm.name for arm in self.design.arms)
 
+    @property
+    def current(self) -> list[RunResult]:
+        """The runs that the design asks for, whatever their status."""
+        return [run for run in self.runs if not run.superseded]
+
     def trials(self, arm: str) -> list[RunResult]:
         """The trials of ``arm`` in the order of the search, whatever their status."""
-        trials = [run for run in self.runs if run.arm == arm and run.stage == "tune"]
+        trials = [run for run in self.current if run.arm == arm and run.stage == "tune"]
         return sorted(trials, key=lambda run: run.trial if run.trial is not None else -1)
 
     def finals(self, arm: str, budget: float = 1.0) -> list[RunResult]:
         """The final runs of ``arm`` at ``budget`` that are done, by seed."""
         runs = [
-            run for run in self.runs if (run.arm, run.stage, run.budget, run.status) == (arm, "final", budget, "done")
+            run
+            for run in self.current
+            if (run.arm, run.stage, run.budget, run.status) == (arm, "final", budget, "done")
         ]
         return sorted(runs, key=lambda run: run.seed)
 
@@ -238,8 +247,10 @@ def write_results(folder: str | Path, design: Design, runs: Iterable[RunResult])
     """Write ``results.parquet`` into ``folder``; it appears whole or not at all."""
     import pyarrow as pa
 
-    columns = [{**dataclasses.asdict(run), **_listed(run)} for run in runs]
-    table = pa.Table.from_pylist(columns, schema=_schema())
+    rows = [{**vars(run), **_listed(run)} for run in runs]
+    schema = _schema()
+    # By column, since pyarrow takes arrays of numbers whole there.
+    table = pa.table([pa.array([row[field.name] for row in rows], field.type) for field in schema], schema=schema)
     return _written(table.replace_schema_metadata({"comparison": design.to_json()}), Path(folder) / RESULTS)
 
 
@@ -269,7 +280,10 @@ def read_comparison(folder: str | Path) -> Comparison:
     if targets_path.is_file():
         columns = pq.read_table(targets_path)
         targets = {name: columns.column(name).to_numpy() for name in columns.column_names}
-    runs = tuple(_run_of(row) for row in table.to_pylist(maps_as_pydicts="strict"))
+    # Arrays of numbers whole, the rest as Python's own.
+    whole = {name: [_array(value) for value in table.column(name)] for name in ("num_greater", "num_equal")}
+    rows = table.drop_columns(list(whole)).to_pylist(maps_as_pydicts="strict")
+    runs = tuple(_run_of({**row, **{name: values[i] for name, values in whole.items()}}) for i, row in enumerate(rows))
     return Comparison(Design.from_json(table.schema.metadata[b"comparison"].decode()), runs, targets)
 
 
@@ -317,30 +331,32 @@ def _schema() -> pa.Schema:
             "num_equal": pa.list_(pa.int32()),
             "per_unit": pa.map_(pa.string(), pa.list_(pa.float64())),
             "spectra": pa.list_(spectrum),
+            "superseded": pa.bool_(),
         }
     )
 
 
 def _listed(run: RunResult) -> dict[str, Any]:
-    """The arrays of a run as pyarrow takes them in a row."""
+    """What pyarrow does not take as it is."""
     return {
-        **{
-            key: None if (array := getattr(run, key)) is None else array.tolist()
-            for key in ("num_greater", "num_equal")
-        },
-        "per_unit": {name: values.tolist() for name, values in run.per_unit.items()},
+        "rates": list(run.rates.items()),
+        "valid": list(run.valid.items()),
+        "test": list(run.test.items()),
+        "fingerprints": list(run.fingerprints.items()),
+        "per_unit": list(run.per_unit.items()),
+        "spectra": [dataclasses.asdict(spectrum) for spectrum in run.spectra],
     }
+
+
+def _array(value: pa.ListScalar) -> np.ndarray | None:
+    return value.values.to_numpy() if value.is_valid else None
 
 
 def _run_of(row: Mapping[str, Any]) -> RunResult:
-    counts = {
-        key: None if row[key] is None else np.asarray(row[key], dtype=np.int32) for key in ("num_greater", "num_equal")
-    }
     return RunResult(
         **{
             **row,
             **{key: tuple(row[key]) for key in ("curve_step", "curve_seconds", "curve_value")},
-            **counts,
             "per_unit": {name: np.asarray(values, dtype=np.float64) for name, values in row["per_unit"].items()},
             "spectra": tuple(Spectrum(**{**s, "singular_values": tuple(s["singular_values"])}) for s in row["spectra"]),
         }
