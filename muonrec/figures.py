@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -107,3 +107,24 @@ def write_png(figure: Any, path: Path) -> None:
     """Write the figure on white, at twice the resolution of a page."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, format="png", dpi=_DOTS_PER_INCH, facecolor="white", metadata={"Software": None})
+
+
+def save_figures(draws: Mapping[str, Callable[[], Any]], folder: Path) -> dict[str, str]:
+    """What each draws as a PNG in ``folder`` and as SVG text, by name; one that draws None is left out."""
+    texts = {}
+    with figure_style():
+        for name, draw in draws.items():
+            path = folder / f"{name}.png"
+            path.unlink(missing_ok=True)
+            figure = draw()
+            if figure is not None:
+                write_png(figure, path)
+                texts[name] = svg(figure)
+    return texts
+
+
+def short_name(name: str, length: int = 28) -> str:
+    """A name that does not push the figure off its page; the tables have the whole."""
+    # A leading underscore would keep it out of the legend.
+    name = name if len(name) <= length else name[: length - 1] + "…"
+    return f"\u200b{name}" if name.startswith("_") else name

@@ -6,15 +6,25 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from muonrec.comparison.answer import Answer, ArmAnswer, Group, Measured
+from muonrec.comparison.forest import (
+    Mark,
+    Row,
+    draw_forest,
+    known,
+    label_rows,
+    level_handles,
+    level_marker,
+)
 from muonrec.comparison.results import Comparison, Design, RunResult, Spectrum
-from muonrec.figures import COLOURS, GREY, MARKERS, figure_style, max_ticks, subplots, svg, write_png
+from muonrec.figures import COLOURS, GREY, MARKERS, max_ticks, save_figures, short_name, subplots
 from muonrec.metrics import Interval
 from muonrec.page import percent, pretty
 
@@ -37,10 +47,10 @@ def looks(design: Design) -> dict[str, Look]:
 
 
 def budget_name(comparison: Comparison, budget: float) -> str:
-    """``full budget, 2,000 steps``."""
-    share = "full budget" if budget == 1 else f"{budget:.3g} of the budget"
+    """``full budget (2,000 steps)``."""
+    share = "full budget" if budget == 1 else f"{100 * budget:.3g} % of the budget"
     steps = max((run.num_steps for arm in comparison.arms for run in comparison.finals(arm, budget)), default=0)
-    return f"{share}, {steps:,} steps" if steps else share
+    return f"{share} ({steps:,} steps)" if steps else share
 
 
 def draw_comparison(comparison: Comparison, answer: Answer, folder: Path) -> dict[str, str]:
@@ -61,89 +71,10 @@ def draw_comparison(comparison: Comparison, answer: Answer, folder: Path) -> dic
     return save_figures(draws, folder)
 
 
-def save_figures(draws: Mapping[str, Callable[[], Any]], folder: Path) -> dict[str, str]:
-    """What each draws as a PNG in ``folder`` and as SVG text, by name; one that draws None is left out."""
-    texts = {}
-    with figure_style():
-        for name, draw in draws.items():
-            path = folder / f"{name}.png"
-            path.unlink(missing_ok=True)
-            figure = draw()
-            if figure is not None:
-                write_png(figure, path)
-                texts[name] = svg(figure)
-    return texts
-
-
 # How good, how soon ---------------------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """One line of a forest plot.
-
-    Args:
-        label: at its left.
-        intervals: shares to be drawn in each panel, with their marker; None where there is none.
-        colour: of the markers.
-        is_header: a line of words alone, above the rows that it is about.
-        is_total: drawn apart, as the sum of the rows above.
-    """
-
-    label: str
-    intervals: Sequence[Sequence[tuple[Interval | None, str]]] = ()
-    colour: str = GREY
-    is_header: bool = False
-    is_total: bool = False
-
-
-def draw_forest(axes: Sequence[Any], rows: Sequence[Row], *, labels: Sequence[str]) -> None:
-    """Draw intervals of shares beside each other, a panel each, with their numbers; the panels share the rows."""
-    for panel, (axis, label) in enumerate(zip(axes, labels, strict=True)):
-        axis.axvline(0, color=GREY, linewidth=1)
-        ends = [0.0]
-        for place, row in enumerate(rows):
-            found = [] if row.is_header else row.intervals[panel]
-            for index, (interval, marker) in enumerate(found):
-                if interval is None or not math.isfinite(interval.mean):
-                    continue
-                ends += [interval.low, interval.high]
-                y = place + 0.34 * (index - (len(found) - 1) / 2)
-                axis.plot(
-                    [interval.low, interval.high], [y, y], color=row.colour, linewidth=3.5 if row.is_total else 1.8
-                )
-                filled = row.colour if marker != "o" or len(found) == 1 else "white"
-                axis.plot([interval.mean], [y], marker=marker, markersize=7, color=row.colour, markerfacecolor=filled)
-                axis.annotate(
-                    percent(interval.mean),
-                    (1.0, y),
-                    xycoords=("axes fraction", "data"),
-                    ha="right",
-                    va="center",
-                    fontsize=9,
-                )
-        finite = [end for end in ends if math.isfinite(end)]
-        low, high = min(finite), max(finite)
-        span = (high - low) or 0.1
-        axis.set_xlim(low - 0.06 * span, high + 0.32 * span)  # room for the numbers at the right
-        axis.set_ylim(len(rows) - 0.4, -0.6)
-        axis.xaxis.set_major_locator(max_ticks(5))
-        axis.xaxis.set_major_formatter(lambda share, _: f"{percent(share, 0)}" if share else "0")
-        axis.set_xlabel(label)
-        axis.grid(visible=False, axis="y")
-        axis.tick_params(axis="y", length=0)
-        axis.set_yticks(range(len(rows)), [row.label for row in rows] if panel == 0 else [""] * len(rows))
-    _bold_headers(axes[0], rows)
-
-
-def _bold_headers(axis: Any, rows: Sequence[Row]) -> None:
-    for text, row in zip(axis.get_yticklabels(), rows, strict=True):
-        text.set_fontweight("bold" if row.is_header or row.is_total else "normal")
-
-
-def _grouped(
-    comparison: Comparison, answer: Answer, row_of: Callable[[str, ArmAnswer], Row | None], *, bare: Sequence[Any] = ()
-) -> list[Row]:
+def _grouped(comparison: Comparison, answer: Answer, row_of: Callable[[str, ArmAnswer], Row | None]) -> list[Row]:
     """The rows of every arm, under a header for each budget where there are several."""
     rows = []
     for budget, arms in answer.arms.items():
@@ -160,35 +91,32 @@ def _draw_results(comparison: Comparison, answer: Answer) -> Any:
     measured: dict[int, Measured] = {}
 
     def row_of(name: str, found: ArmAnswer) -> Row:
-        row = Row(name, [[(_main(answer, found).difference, "D")]], look[name].colour)
+        row = Row(name, [[Mark(_main(answer, found).difference)]], look[name].colour)
         measured[id(row)] = _main(answer, found)
         return row
 
     rows = _grouped(comparison, answer, row_of)
     if not rows:
         return None
-    has_others = any(interval for row in rows if not row.is_header for interval, _ in row.intervals[0])
+    has_others = any(known(mark.interval) for row in rows for panel in row.panels for mark in panel)
     figure, [axes] = subplots(1 + has_others, height=1.0 + 0.36 * len(rows), sharey=True)
     for place, row in enumerate(rows):
         if row.is_header:
             continue
         values = measured[id(row)]
-        axes[0].plot(values.values, [place] * len(values.values), "o", color=row.colour, alpha=0.45, markersize=4.5)
-        axes[0].plot([values.mean], [place], "D", color=row.colour, markersize=8)
+        axes[0].plot(values.values, [place] * len(values.values), "|", color=row.colour, ms=12, mew=1.2)
+        axes[0].plot([values.mean], [place], "D", color=row.colour, ms=7, mec="white")
         axes[0].annotate(
-            f"{values.mean:.4f}", (values.mean, place), (0, 8), textcoords="offset points", ha="center", fontsize=9
+            f"{values.mean:.4f}", (values.mean, place), (0, 9), textcoords="offset points", ha="center", fontsize=9
         )
     axes[0].margins(x=0.12)
     axes[0].xaxis.set_major_locator(max_ticks(5))
-    axes[0].set_xlabel(f"test {pretty(answer.metric)}: seeds and their mean")
-    axes[0].grid(visible=False, axis="y")
+    axes[0].set_xlabel(f"test {pretty(answer.metric)}: seeds, and their mean")
     if has_others:
-        label = f"to {_short_name(design.control)}, 95 % interval over seeds and users"
-        draw_forest(axes[1:], rows, labels=[label])
-    axes[0].set_yticks(range(len(rows)), [_short_name(row.label) for row in rows])
-    axes[0].tick_params(axis="y", length=0)
+        label = f"to {short_name(design.control)}, 95 % interval"
+        draw_forest(axes[1:], rows, labels=[label], with_ends=True)
     axes[0].set_ylim(len(rows) - 0.4, -0.75)
-    _bold_headers(axes[0], rows)
+    label_rows(axes, rows)
     return figure
 
 
@@ -200,32 +128,25 @@ def _draw_savings(comparison: Comparison, answer: Answer) -> Any:
         if not found.targets or name == answer.control:
             return None
         panels = [
-            [(_shown(getattr(target, key)), "o" if target.level < 1 else "D") for target in found.targets]
+            [
+                Mark(getattr(target, key), level_marker(target.level), is_bound=target.num_censored > 0)
+                for target in found.targets
+            ]
             for key in ("steps_saved", "seconds_saved")
         ]
-        if all(interval is None for panel in panels for interval, _ in panel):
-            return None
-        censored = any(target.num_censored for target in found.targets)
-        return Row(f"{_short_name(name)}{' *' if censored else ''}", panels, look[name].colour)
+        return Row(name, panels, look[name].colour)
 
     rows = _grouped(comparison, answer, row_of)
     if not rows:
         return None
-    figure, [axes] = subplots(2, height=1.35 + 0.5 * len(rows), sharey=True)
-    control = _short_name(answer.control)
+    figure, [axes] = subplots(2, height=1.35 + 0.42 * len(rows), sharey=True)
+    control = short_name(answer.control)
     draw_forest(axes, rows, labels=[f"fewer steps than {control}", f"fewer seconds than {control}"])
     levels = sorted({t.level for arms in answer.arms.values() for found in arms.values() for t in found.targets})
-    handles = [
-        axes[0].plot([], [], "o" if level < 1 else "D", color=GREY, markerfacecolor="white" if level < 1 else GREY)[0]
-        for level in levels
-    ]
-    names = [f"to {100 * level:.0f} % of its best" for level in levels]
+    label_rows(axes, rows)
+    handles, names = level_handles(axes[0], levels)
     figure.legend(handles, names, loc="outside upper left", ncols=3)
     return figure
-
-
-def _shown(interval: Interval | None) -> Interval | None:
-    return interval if interval is not None and math.isfinite(interval.mean) else None
 
 
 # Curves ---------------------------------------------------------------------------------------------------------------
@@ -277,16 +198,22 @@ def _draw_validation(comparison: Comparison, answer: Answer) -> Any:
                 axis.fill_between(x_G, y_SG.min(0), y_SG.max(0), color=look.colour, alpha=0.2, linewidth=0)
                 handles[arm] = axis.plot(x_G, y_SG.mean(0), color=look.colour)[0]
                 ends += [y_SG.min(0)[-1], y_SG.max(), y_SG.min()]
-                early.append(float(np.interp(0.1 * x_G[-1], x_G, y_SG.mean(0))))
+                early.append(float(np.interp(0.2 * x_G[-1], x_G, y_SG.mean(0))))
             axis.set_xlim(left=0)
+            axis.xaxis.set_major_locator(max_ticks(6))
+            axis.xaxis.set_major_formatter(_in_thousands)
         _target_lines(row, comparison, answer, budget)
         _set_limits(row[0], ends, early, higher_is_better=comparison.design.higher_is_better)
         row[0].set_ylabel(f"validation {pretty(answer.metric)}")
         row[0].set_title(budget_name(comparison, budget))
     axes[-1][0].set_xlabel("training step")
     axes[-1][1].set_xlabel("seconds of training")
-    figure.legend(handles.values(), [_short_name(name) for name in handles], loc="outside upper left", ncols=4)
+    figure.legend(handles.values(), [short_name(name) for name in handles], loc="outside upper left", ncols=4)
     return figure
+
+
+def _in_thousands(number: float, _: int) -> str:
+    return f"{number:,.10g}"
 
 
 def _curves(comparison: Comparison, arm: str, budget: float) -> list[RunResult]:
@@ -317,7 +244,7 @@ def _target_lines(row: Sequence[Any], comparison: Comparison, answer: Answer, bu
                         zorder=5,
                     )
     row[0].annotate(
-        f"best of {_short_name(comparison.design.control)}"
+        f"best of {short_name(comparison.design.control)}"
         + (f" and {100 * min(levels):.0f} % of it" if len(levels) > 1 else ""),
         (0.015, max(levels) * target),
         (0, 3),
@@ -328,7 +255,7 @@ def _target_lines(row: Sequence[Any], comparison: Comparison, answer: Answer, bu
 
 
 def _set_limits(axis: Any, ends: Sequence[float], early: Sequence[float], *, higher_is_better: bool) -> None:
-    """Leave out the first tenth of the climb, which would flatten where the arms part."""
+    """Leave out the first fifth of the climb, which would flatten where the arms part."""
     finite = [value for value in ends if math.isfinite(value)]
     if not finite:
         return
@@ -414,13 +341,22 @@ def _draw_sensitivity(comparison: Comparison) -> Any:
             {run.rates[rate] for arm, rate in rates.items() for run in comparison.trials(arm) if rate in run.rates}
         )
         if tried:
-            ticks = tried if len(tried) <= 6 else [x for x in tried if x in (tried[0], tried[-1])] + tried[2:-2:2]
-            axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+            axis.set_xticks(tried, _spaced(tried))
             axis.set_xlim(tried[0] / 1.6, tried[-1] * 1.6)
     axes[0].set_ylim(*sorted((edge, best + sign * margin)))
     axes[0].set_ylabel(f"best validation {pretty(design.metric)}")
-    figure.legend(handles.values(), [_short_name(name) for name in handles], loc="outside upper left", ncols=4)
+    figure.legend(handles.values(), [short_name(name) for name in handles], loc="outside upper left", ncols=4)
     return figure
+
+
+def _spaced(ticks: Sequence[float]) -> list[str]:
+    """Labels of rising ticks on a logarithmic axis, but for those that would touch the one before."""
+    labels, last = [], 0.0
+    for tick in ticks:
+        is_free = tick > last * (ticks[-1] / ticks[0]) ** 0.17
+        labels.append(f"{tick:g}" if is_free else "")
+        last = tick if is_free else last
+    return labels
 
 
 def _is_done(run: RunResult, design: Design) -> bool:
@@ -468,10 +404,10 @@ def _draw_groups(comparison: Comparison, answer: Answer, budget: float) -> Any:
         axes[-1][column].set_xlabel(f"{_BREAKDOWNS.get(breakdown, breakdown)}; below: test targets")
     axes[0][0].set_ylabel(f"test {pretty(answer.metric)}, ± sd")
     if others:
-        axes[1][0].set_ylabel(f"to {_short_name(answer.control)}, 95 % interval")
+        axes[1][0].set_ylabel(f"to {short_name(answer.control)}, 95 % interval")
     figure.legend(
         [handles[name] for name in arms if name in handles],
-        [_short_name(name) for name in arms if name in handles],
+        [short_name(name) for name in arms if name in handles],
         loc="outside upper left",
         ncols=4,
     )
@@ -482,14 +418,15 @@ def _of_group(group: Group, *, relative: bool) -> Interval | None:
     if group.metric is None:
         return None
     if relative:
-        return _shown(group.metric.difference)
+        return known(group.metric.difference)
     mean, sd = group.metric.mean, group.metric.sd
     return Interval(mean, mean - sd, mean + sd)
 
 
 def _nicer(label: str) -> str:
     """``tail (≤ 5)`` on two lines, so that labels do not meet."""
-    return label.replace("<=", "≤ ").replace("≤  ", "≤ ").replace("-", "–").replace(" (", "\n(")
+    label = label.replace(" (", "\n(").replace("-", "–").replace("<=", "≤").removesuffix(" events")
+    return re.sub(r"([≤>]) *(?=\d)", r"\1 ", label)
 
 
 # Spectra --------------------------------------------------------------------------------------------------------------
@@ -518,7 +455,7 @@ def _draw_spectra(comparison: Comparison, budget: float) -> Any:
                 [100 * s.stable_rank / len(s.singular_values) for s in chosen if s.step == step] for step in steps
             ]
             _draw_band(row[0], steps, shares, colour)
-            marker = {"marker": "o", "markersize": 4} if len(steps) <= 12 else {}
+            marker = {"marker": looks(comparison.design)[arm].marker, "ms": 5} if len(steps) <= 12 else {}
             handles[arm] = row[0].plot(steps, [np.median(share) for share in shares], color=colour, **marker)[0]
             x_G, y_NG = _profiles([s for s in chosen if s.step == steps[-1]])
             _draw_band(row[1], x_G, y_NG.T, colour)
@@ -526,13 +463,15 @@ def _draw_spectra(comparison: Comparison, budget: float) -> Any:
         row[0].set_ylim(bottom=0)
         row[0].set_xlim(left=0)
         row[0].set_ylabel("stable rank (% of full rank)")
-        row[0].set_title("update: what one step adds" if what == "update" else "weights")
+        row[0].set_title("what one step adds" if what == "update" else "weights")
         row[1].set_ylim(-3, 103)
         row[1].set_ylabel("% of the largest singular value")
-        row[1].set_title("at the last validation")
+        row[1].set_title(f"{'what one step adds' if what == 'update' else 'weights'}, at the end")
+    axes[-1][0].xaxis.set_major_formatter(_in_thousands)
+    axes[-1][0].xaxis.set_major_locator(max_ticks(6))
     axes[-1][0].set_xlabel("training step")
     axes[-1][1].set_xlabel("place of the singular value (% of all)")
-    figure.legend(handles.values(), [_short_name(name) for name in handles], loc="outside upper left", ncols=4)
+    figure.legend(handles.values(), [short_name(name) for name in handles], loc="outside upper left", ncols=4)
     return figure
 
 
@@ -555,10 +494,3 @@ def _profiles(spectra: Sequence[Spectrum]) -> tuple[np.ndarray, np.ndarray]:
 def _main(answer: Answer, found: ArmAnswer) -> Measured:
     """The main metric on the test targets, or on validation where the test was of something else."""
     return found.test.get(answer.metric, found.valid)
-
-
-def _short_name(name: str) -> str:
-    """A name that does not push the figure off its page; the tables have the whole."""
-    # A leading underscore would keep it out of the legend.
-    name = name if len(name) <= 28 else name[:27] + "…"
-    return f"\u200b{name}" if name.startswith("_") else name
