@@ -33,7 +33,7 @@ from muonrec.comparison.results import (
 )
 from muonrec.comparison.sources import sources_hash
 from muonrec.comparison.tuning import Asked
-from muonrec.config import parse_config, read_yaml, set_at, to_yaml
+from muonrec.config import flat, parse_config, read_yaml, set_at, to_yaml
 from muonrec.data.shards import load_sequences
 from muonrec.mesh import Ranks
 from muonrec.report import METRICS
@@ -77,7 +77,7 @@ class Experiment:
         self._config = config
         is_path = isinstance(config.train, Path)
         self._tree: dict[str, Any] = read_yaml(config.train) if is_path else copy.deepcopy(config.train)  # type: ignore
-        for path, value in config.overrides.items():
+        for path, value in flat(config.overrides).items():
             set_at(self._tree, path, value)
         self._tree["output"] = str(config.output)
         base = parse_config(TrainConfig, self._tree, source=f"train of {config.output.name}", prefix="train.")
