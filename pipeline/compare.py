@@ -11,9 +11,15 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field, model_validator
+from rich.console import Console
+from rich.table import Table
 
-from muonrec.comparison.results import Comparison
+from muonrec.comparison.aggregate import aggregated
+from muonrec.comparison.answer import answer
+from muonrec.comparison.numbers import Answer
+from muonrec.comparison.results import Comparison, read_comparison
 from muonrec.comparison.tuning import final_runs, tune
+from muonrec.comparison.verdict import shown
 from muonrec.config import Config, describe, load_config
 from muonrec.runlog import configure_logging, run_stage
 from pipeline.compared_runs import Runs
@@ -70,7 +76,8 @@ class CompareConfig(Config):
     Attributes:
         output: folder of the comparison: ``results.parquet`` and ``targets.parquet``, to be kept, and ``runs/``.
         train: the experiment: path of its YAML, or the settings themselves.
-        overrides: of the experiment, for every arm.
+        overrides: of the experiment, for every arm; sections are merged, so that ``overrides.data.source.path=FILE``
+            sets that alone.
         arms: in the order of tables and legends.
         control: the arm that the others are held against.
         grids: values tried of each tuned rate.
@@ -141,25 +148,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
         epilog=f"settings and their defaults:\n{describe(CompareConfig, leave_out=('arms',))}\n\n{_EPILOG}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("config", help="YAML file of the comparison, such as configs/compare/demo.yaml")
+    parser.add_argument("config", nargs="?", help="YAML file of the comparison, such as configs/compare/demo.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings, see below")
+    parser.add_argument("--aggregate", nargs="+", metavar="FOLDER", help="means over finished comparisons instead")
     options = parser.parse_intermixed_args(arguments)
     configure_logging()
+    if options.aggregate:
+        return run_stage(lambda: aggregate(options.aggregate))
+    if options.config is None:
+        parser.error("give the YAML file of a comparison, such as configs/compare/demo.yaml, or --aggregate FOLDER ...")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     return run_stage(lambda: compare(load_config(CompareConfig, options.config, options.overrides)))
 
 
-def compare(config: CompareConfig) -> Comparison:
-    """Carry out the comparison, or what is left of it.
+def compare(config: CompareConfig, python: Sequence[str] = (sys.executable, "-m")) -> Comparison:
+    """Carry out the comparison, or what is left of it, and say what it shows.
+
+    Args:
+        config: of the comparison.
+        python: starts a module of this repository; its name and arguments follow.
 
     Raises:
         ValueError: the config, or two arms differ in what they must not, or runs have failed; the others are done.
     """
-    runs = Runs(config)
+    runs = Runs(config, python)
     with runs.progress:
         design, rates = tune(runs.design, runs.execute, seed=config.tuning_seed, max_extensions=config.max_extensions)
         runs.execute(design, final_runs(design, rates))
     comparison = runs.comparison
+    print_answer(comparison.design.name, answer(comparison))
     if failed := [run for run in comparison.current if run.status == "failed"]:
         faults = "\n".join(f"{runs.folder(run.run)}: {run.fault}" for run in failed[:3])
         raise ValueError(
@@ -167,6 +184,55 @@ def compare(config: CompareConfig) -> Comparison:
             f"again. The first of them:\n{faults}"
         )
     return comparison
+
+
+def aggregate(folders: Sequence[str]) -> None:
+    """Print the mean over several comparisons of what an arm gains over the control, for every arm they share."""
+    found = aggregated([read_comparison(folder) for folder in folders])
+    table = Table(title=f"means over {len(folders)} comparisons, full budget", title_justify="left")
+    for heading in ("arm", "NDCG@10 more", "steps fewer to 99 %", "to 100 %", "never reach 99 %, 100 %"):
+        table.add_column(heading)
+    for total in found:
+        never = ", ".join(f"{count} of {total.num_pairs}" for count in total.num_censored)
+        table.add_row(total.arm, shown(total.metric), *(shown(interval) for interval in total.steps_saved), never)
+    Console().print(table)
+
+
+def print_answer(name: str, found: Answer) -> None:
+    """Show the arms beside each other, what a reader must know, and the verdict."""
+    metric = found.metric
+    for budget, arms in found.arms.items():
+        table = Table(title=f"{name}, budget {budget:g}", title_justify="left")
+        columns = (
+            "arm",
+            "rates",
+            f"test {metric}",
+            "to the control",
+            "steps to 99 %",
+            "events/s",
+            "optimizer",
+            "memory",
+        )
+        for heading in columns:
+            table.add_column(heading)
+        for arm in arms.values():
+            value = arm.test.get(metric)
+            target = arm.targets[0] if arm.targets else None
+            table.add_row(
+                arm.arm,
+                ", ".join(f"{rate} {value:g}" for rate, value in arm.rates.items()),
+                "" if value is None else f"{value.mean:.4f} ± {value.sd:.4f}",
+                "" if value is None or value.difference is None else shown(value.difference),
+                "" if target is None else ", ".join(f"{'>' * r.is_censored}{r.steps:,}" for r in target.reached),
+                f"{arm.events_per_s:,.0f}",
+                f"{arm.optimizer_share:.0%}",
+                f"{arm.peak_memory_bytes / 2**20:,.0f} MiB",
+                style="bold" if arm.arm == found.control else None,
+            )
+        Console().print(table)
+    for flag in found.flags:
+        logger.warning("%s", flag)
+    Console().print(found.verdict)
 
 
 if __name__ == "__main__":

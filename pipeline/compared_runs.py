@@ -33,7 +33,7 @@ from muonrec.comparison.results import (
 )
 from muonrec.comparison.sources import sources_hash
 from muonrec.comparison.tuning import Asked
-from muonrec.config import parse_config, read_yaml, set_at, to_yaml
+from muonrec.config import flat, parse_config, read_yaml, set_at, to_yaml
 from muonrec.data.shards import load_sequences
 from muonrec.mesh import Ranks
 from muonrec.report import METRICS
@@ -75,19 +75,18 @@ class Experiment:
 
     def __init__(self, config: CompareConfig) -> None:
         self._config = config
-        is_path = isinstance(config.train, Path)
-        self._tree: dict[str, Any] = read_yaml(config.train) if is_path else copy.deepcopy(config.train)  # type: ignore
-        for path, value in config.overrides.items():
-            set_at(self._tree, path, value)
-        self._tree["output"] = str(config.output)
-        base = parse_config(TrainConfig, self._tree, source=f"train of {config.output.name}", prefix="train.")
+        tree = read_yaml(config.train) if isinstance(config.train, Path) else copy.deepcopy(config.train)
+        for path, value in flat(config.overrides).items():
+            set_at(tree, path, value)
+        tree["output"] = str(config.output)
+        base = parse_config(TrainConfig, tree, source="section train", prefix="train.")
+        self._tree = base.model_dump(mode="json")  # so that an arm may override what stands at its default
         sequences = load_sequences(base.data.output)
         check_same_data(base.data, sequences.manifest)
         self.fingerprint = sequences.manifest.fingerprint
         alone = Ranks(0, 1, torch.device("cpu"))
         steps_per_epoch = -(-make_loader(base, sequences, alone).steps_per_epoch // base.accumulate_steps)
         self.num_steps = base.num_steps or (base.num_epochs or 0) * steps_per_epoch
-        self.masks_seen = base.validation.mask_seen
         self.sources_hash = sources_hash(ROOT, "pipeline.train", ("muonrec", "pipeline"))
         self.design = self._design()
 

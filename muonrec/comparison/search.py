@@ -12,6 +12,7 @@ Point = dict[str, float]
 Grids = Mapping[str, Sequence[float]]
 # An end of a rate's grid: its name, and -1 for the lowest value or +1 for the highest.
 Edge = tuple[str, int]
+END = {-1: "lower", 1: "upper"}
 
 # Trials asked at once after the first half: fixed, so that the points do not depend on how many runs are parallel.
 _ROUND = 3

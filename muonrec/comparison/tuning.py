@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Sequence
 
 from muonrec.comparison.results import Arm, Design, RunResult, Stage
-from muonrec.comparison.search import Edge, Point, Search, edges, extended
+from muonrec.comparison.search import END, Edge, Point, Search, edges, extended
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ def tune(design: Design, execute: Execute, *, seed: int, max_extensions: int) ->
             break
         asked: dict[str, list[Point]] = {}
         for edge in sorted(at):
-            logger.info("a best %s lies at the %s end of its grid; every arm tries one more", edge[0], _END[edge[1]])
+            logger.info("a best %s lies at the %s end of its grid; every arm tries one more", edge[0], END[edge[1]])
             design = dataclasses.replace(design, arms=tuple(_extended(arm, edge) for arm in design.arms))
             for arm in design.arms:
                 if edge[0] in arm.grids and len(arm.grids[edge[0]]) > 1 and arm.name in best:
@@ -78,9 +78,6 @@ def final_runs(design: Design, rates: dict[str, Point]) -> list[Asked]:
         for arm in design.arms
         if arm.name in rates
     ]
-
-
-_END = {-1: "lower", 1: "upper"}
 
 
 class _Tried:
