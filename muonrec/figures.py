@@ -118,8 +118,9 @@ def save_figures(draws: Mapping[str, Callable[[], Any]], folder: Path) -> dict[s
             path.unlink(missing_ok=True)
             figure = draw()
             if figure is not None:
-                write_png(figure, path)
                 texts[name] = svg(figure)
+                figure.set_layout_engine("none")  # it is laid out, which takes as long as drawing
+                write_png(figure, path)
     return texts
 
 

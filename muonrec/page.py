@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,8 @@ def pretty(metric: str) -> str:
 
 
 def percent(share: float, digits: int = 1) -> str:
-    """``+5.1 %`` for 0.051, with a true minus."""
-    return f"{100 * share:+.{digits}f} %".replace("-", "−")
+    """``+5.1 %`` for 0.051, with a true minus; ``unknown`` for what is not finite."""
+    return f"{100 * share:+.{digits}f} %".replace("-", "−") if math.isfinite(share) else "unknown"
 
 
 def times(ratio: float) -> str:

@@ -1,4 +1,4 @@
-"""The compare stage: arms under one protocol -> results.parquet, a verdict; `python -m pipeline.compare CONFIG`."""
+"""The compare stage: arms under one protocol -> results.parquet, report.html; `python -m pipeline.compare CONFIG`."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ from rich.console import Console
 from rich.table import Table
 
 from muonrec.comparison.aggregate import aggregated
+from muonrec.comparison.aggregate_report import write_aggregate_report
 from muonrec.comparison.answer import answer
 from muonrec.comparison.numbers import Answer
+from muonrec.comparison.report import write_comparison_report
 from muonrec.comparison.results import Comparison, read_comparison
 from muonrec.comparison.tuning import final_runs, tune
 from muonrec.comparison.verdict import shown
@@ -74,7 +76,8 @@ class CompareConfig(Config):
     """What is compared, and how.
 
     Attributes:
-        output: folder of the comparison: ``results.parquet`` and ``targets.parquet``, to be kept, and ``runs/``.
+        output: folder of the comparison: ``results.parquet`` and ``targets.parquet``, to be kept, ``report.html``,
+            ``figures/`` and ``runs/``.
         train: the experiment: path of its YAML, or the settings themselves.
         overrides: of the experiment, for every arm; sections are merged, so that ``overrides.data.source.path=FILE``
             sets that alone.
@@ -136,6 +139,7 @@ adding an arm, a seed or a budget runs just those.
 examples:
   python -m pipeline.data configs/demo/sasrec.yaml && python -m pipeline.compare configs/compare/demo.yaml
   python -m pipeline.compare configs/compare/demo.yaml 'seeds=[1,2,3]' parallel_runs=2
+  python -m pipeline.compare --report out/compare/demo   # of what is there so far
   python -m pipeline.compare --aggregate out/compare/demo out/compare/amazon-beauty-sasrec
 """
 
@@ -151,10 +155,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("config", nargs="?", help="YAML file of the comparison, such as configs/compare/demo.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings, see below")
     parser.add_argument("--aggregate", nargs="+", metavar="FOLDER", help="means over finished comparisons instead")
+    parser.add_argument("--to", default="out/compare", metavar="FOLDER", help="of the report of --aggregate")
+    parser.add_argument("--report", metavar="FOLDER", help="only write the report of this comparison again")
     options = parser.parse_intermixed_args(arguments)
     configure_logging()
     if options.aggregate:
-        return run_stage(lambda: aggregate(options.aggregate))
+        return run_stage(lambda: aggregate(options.aggregate, to=options.to))
+    if options.report:
+        return run_stage(lambda: report(read_comparison(options.report), options.report))
     if options.config is None:
         parser.error("give the YAML file of a comparison, such as configs/compare/demo.yaml, or --aggregate FOLDER ...")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -176,7 +184,7 @@ def compare(config: CompareConfig, python: Sequence[str] = (sys.executable, "-m"
         design, rates = tune(runs.design, runs.execute, seed=config.tuning_seed, max_extensions=config.max_extensions)
         runs.execute(design, final_runs(design, rates))
     comparison = runs.comparison
-    print_answer(comparison.design.name, answer(comparison))
+    report(comparison, config.output)
     if failed := [run for run in comparison.current if run.status == "failed"]:
         faults = "\n".join(f"{runs.folder(run.run)}: {run.fault}" for run in failed[:3])
         raise ValueError(
@@ -186,9 +194,17 @@ def compare(config: CompareConfig, python: Sequence[str] = (sys.executable, "-m"
     return comparison
 
 
-def aggregate(folders: Sequence[str]) -> None:
-    """Print the mean over several comparisons of what an arm gains over the control, for every arm they share."""
-    found = aggregated([read_comparison(folder) for folder in folders])
+def report(comparison: Comparison, folder: str | Path) -> None:
+    """Print what a comparison shows, and write ``report.html`` and its figures into ``folder``."""
+    found = answer(comparison)
+    print_answer(comparison.design.name, found)
+    logger.info("report: %s", write_comparison_report(comparison, found, folder))
+
+
+def aggregate(folders: Sequence[str], *, to: str | Path) -> None:
+    """Print the mean over several comparisons of what an arm gains over the control, and write it as a page."""
+    comparisons = [read_comparison(folder) for folder in folders]
+    found = aggregated(comparisons)
     table = Table(title=f"means over {len(folders)} comparisons, full budget", title_justify="left")
     for heading in ("arm", "NDCG@10 more", "steps fewer to 99 %", "to 100 %", "never reach 99 %, 100 %"):
         table.add_column(heading)
@@ -196,6 +212,7 @@ def aggregate(folders: Sequence[str]) -> None:
         never = ", ".join(f"{count} of {total.num_pairs}" for count in total.num_censored)
         table.add_row(total.arm, shown(total.metric), *(shown(interval) for interval in total.steps_saved), never)
     Console().print(table)
+    logger.info("report: %s", write_aggregate_report([(one, answer(one)) for one in comparisons], found, to))
 
 
 def print_answer(name: str, found: Answer) -> None:

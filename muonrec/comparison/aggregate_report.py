@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from muonrec.comparison.aggregate import Aggregate, aggregated
-from muonrec.comparison.answer import LEVELS, Answer, ArmAnswer
+from muonrec.comparison.aggregate import Aggregate
+from muonrec.comparison.answer import LEVELS
 from muonrec.comparison.figures import FIGURES
 from muonrec.comparison.forest import Mark, Row, draw_forest, label_rows, level_handles, level_marker
+from muonrec.comparison.numbers import Answer, ArmAnswer
 from muonrec.comparison.report import relative, saved
 from muonrec.comparison.results import Comparison
 from muonrec.figures import COLOURS, GREY, save_figures, subplots
@@ -22,11 +23,12 @@ _PAPER = (0.126, 0.324)
 Found = tuple[Comparison, Answer]
 
 
-def write_aggregate_report(found: Sequence[Found], folder: str | Path) -> Path:
+def write_aggregate_report(found: Sequence[Found], totals: Sequence[Aggregate], folder: str | Path) -> Path:
     """Write ``aggregate.html`` and ``figures/aggregate.png`` over the full budgets of several comparisons.
 
     Args:
         found: comparisons and their answers, in the order of the rows.
+        totals: the means over these comparisons, from `aggregated`.
         folder: existing or not.
 
     Raises:
@@ -35,7 +37,6 @@ def write_aggregate_report(found: Sequence[Found], folder: str | Path) -> Path:
     """
     if not found:
         raise ValueError("a report over no comparisons was asked; pass at least one and its answer")
-    totals = aggregated([comparison for comparison, _ in found])
     metrics = list(dict.fromkeys(pretty(comparison.design.metric) for comparison, _ in found))
     figures = save_figures({"aggregate": lambda: _draw(found, totals, metrics)}, Path(folder) / FIGURES)
     return write_page(

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 
-from muonrec.comparison.answer import Answer, ArmAnswer, Group, Measured
 from muonrec.comparison.forest import (
     Mark,
     Row,
@@ -23,6 +22,7 @@ from muonrec.comparison.forest import (
     level_handles,
     level_marker,
 )
+from muonrec.comparison.numbers import Answer, ArmAnswer, Group, Measured
 from muonrec.comparison.results import Comparison, Design, RunResult, Spectrum
 from muonrec.figures import COLOURS, GREY, MARKERS, max_ticks, save_figures, short_name, subplots
 from muonrec.metrics import Interval
@@ -302,7 +302,7 @@ def _draw_sensitivity(comparison: Comparison) -> Any:
     panels = {
         name: rates for name, rates in rate_panels(design).items() if any(comparison.trials(arm) for arm in rates)
     }
-    done = [run for run in comparison.runs if run.stage == "tune" and _is_done(run, design)]
+    done = [run for run in comparison.current if run.stage == "tune" and _is_done(run, design)]
     if not panels or not done:
         return None
     figure, [axes] = subplots(len(panels), height=3.5, sharey=True)

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from muonrec.comparison.answer import Answer, ArmAnswer, Measured, Target
 from muonrec.comparison.figures import FIGURES, budget_name, draw_comparison, looks
+from muonrec.comparison.numbers import Answer, ArmAnswer, Measured, Target
 from muonrec.comparison.results import Arm, Comparison
 from muonrec.metrics import Interval
 from muonrec.page import duration, percent, pretty, short, write_page
@@ -185,7 +185,7 @@ def _rate(arm: Arm, name: str, value: float | None) -> dict[str, Any]:
 
 def _protocol(comparison: Comparison) -> dict[str, Any]:
     design = comparison.design
-    sources = sorted({run.sources_hash for run in comparison.runs if run.sources_hash})
+    sources = sorted({run.sources_hash for run in comparison.current if run.sources_hash})
     arms = [
         {
             "name": arm.name,
@@ -200,23 +200,25 @@ def _protocol(comparison: Comparison) -> dict[str, Any]:
         "budgets": ", ".join(budget_name(comparison, budget) for budget in design.budgets),
         "arms": arms,
         "sources": sources,
-        "devices": sorted({run.device for run in comparison.runs if run.device}),
+        "devices": sorted({run.device for run in comparison.current if run.device}),
     }
 
 
-def _fingerprints(comparison: Comparison) -> list[dict[str, Any]]:
-    """For each seed what every run started from, or which arms started from what."""
-    held = [run for run in comparison.runs if run.stage == "final" and run.fingerprints]
+def _fingerprints(comparison: Comparison) -> dict[str, Any]:
+    """What the runs of each seed started from: by name a hash for each seed, or which arms started from what."""
+    held = [run for run in comparison.current if run.stage == "final" and run.fingerprints]
+    seeds = sorted({run.seed for run in held})
     rows = []
-    for seed in sorted({run.seed for run in held}):
-        for name in sorted({name for run in held if run.seed == seed for name in run.fingerprints}):
-            arms: dict[str, list[str]] = {}
+    for name in sorted({name for run in held for name in run.fingerprints}):
+        cells = []
+        for seed in seeds:
+            arms: dict[str, dict[str, None]] = {}
             for run in held:
                 if run.seed == seed and name in run.fingerprints:
-                    arms.setdefault(run.fingerprints[name], []).append(run.arm)
-            text = {value: ", ".join(dict.fromkeys(names)) for value, names in arms.items()}
-            rows.append({"seed": seed, "name": name.replace("_", " "), "values": text, "is_equal": len(text) == 1})
-    return rows
+                    arms.setdefault(run.fingerprints[name], {})[run.arm] = None
+            cells.append({value: ", ".join(names) for value, names in arms.items()})
+        rows.append((name.replace("_", " "), cells))
+    return {"seeds": seeds, "rows": rows, "are_equal": all(len(cell) <= 1 for _, cells in rows for cell in cells)}
 
 
 def _runs(comparison: Comparison) -> list[list[str]]:
@@ -229,7 +231,7 @@ def _runs(comparison: Comparison) -> list[list[str]]:
             str(run.seed),
             "–" if run.trial is None else str(run.trial),
             ", ".join(f"{name} {value:g}" for name, value in run.rates.items()),
-            run.status + (f": {short(run.fault)}" if run.fault else ""),
+            ("superseded, " if run.superseded else "") + run.status + (f": {short(run.fault)}" if run.fault else ""),
             _number(run.valid, metric),
             _number(run.test, metric),
             f"{run.best_step:,}" if run.best_step else "–",

@@ -8,6 +8,7 @@ from muonrec.comparison.numbers import Answer, ArmAnswer, Target
 from muonrec.comparison.protocol import differs_in
 from muonrec.comparison.results import Design
 from muonrec.metrics import Interval
+from muonrec.page import percent, pretty
 
 
 def verdict(design: Design, found: Answer) -> str:
@@ -77,17 +78,12 @@ def shown(interval: Interval | None) -> str:
     """``+2.0 % (−0.5 % to +4.6 %)``, for tables; empty for None."""
     if interval is None:
         return ""
-    return f"{_percent(interval.mean)} ({_percent(interval.low)} to {_percent(interval.high)})"
+    return f"{percent(interval.mean)} ({percent(interval.low)} to {percent(interval.high)})"
 
 
 def signed(interval: Interval) -> str:
     """``+2.0 % (95 % interval -0.5 % to +4.6 %)``."""
-    return f"{_percent(interval.mean)} (95 % interval {_percent(interval.low)} to {_percent(interval.high)})"
-
-
-def pretty(metric: str) -> str:
-    """``NDCG@10`` of ``ndcg@10``."""
-    return metric.upper() if metric.partition("@")[0] in ("ndcg", "mrr", "auc") else metric.replace("_", " ")
+    return f"{percent(interval.mean)} (95 % interval {percent(interval.low)} to {percent(interval.high)})"
 
 
 def _fewer(saved: Interval) -> str:
@@ -100,7 +96,3 @@ def _fewer(saved: Interval) -> str:
 
 def _unsigned(share: float) -> str:
     return f"{100 * share:.0f} %".replace("-", "−") if math.isfinite(share) else "unknown"
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:+.1f} %".replace("-", "−") if math.isfinite(share) else "unknown"

@@ -99,6 +99,8 @@ def run(dataset, tmp_path, monkeypatch):
     fake = tmp_path / "fake.py"
     fake.write_text(FAKE)
     monkeypatch.setattr("pipeline.compared_runs.sources_hash", lambda *_: "sources")  # its own tests take its time
+    for name in ("write_comparison_report", "write_aggregate_report"):  # drawing takes seconds; tests/comparison do it
+        monkeypatch.setattr(f"pipeline.compare.{name}", lambda *_: "report.html")
 
     def run(output="out", **changes):
         tree = settings(dataset, tmp_path / output, **changes)
@@ -147,7 +149,7 @@ def test_arms_are_tuned_alike_then_run_over_the_seeds_and_nothing_twice(run, tmp
         shutil.copy(tmp_path / "out" / name, tmp_path / "elsewhere" / name)
     assert len(run("elsewhere").finals("muon")) == 2
     assert trained(tmp_path, "elsewhere") == 0
-    aggregate([str(tmp_path / "out"), str(tmp_path / "elsewhere")])
+    aggregate([str(tmp_path / "out"), str(tmp_path / "elsewhere")], to=tmp_path)
     assert "means over 2 comparisons" in capsys.readouterr().out
 
     # Of later sources: where the earlier ones are accepted, and where they are not.
@@ -238,6 +240,8 @@ def test_the_real_stages_end_to_end(dataset, tmp_path, monkeypatch):
     path.write_text(yaml.safe_dump(settings(dataset, tmp_path / "out", trials=1, seeds=[1])))
     assert main([str(path)]) == 0
     comparison = read_comparison(tmp_path / "out")
+    assert "muon reaches test NDCG@10" in (tmp_path / "out" / "report.html").read_text()
+    assert (tmp_path / "out" / "figures" / "spectra-1.png").is_file()
     assert len(comparison.current) == 4
     control, muon = (comparison.finals(arm)[0] for arm in ("control", "muon"))
     assert control.fingerprints == muon.fingerprints and len(muon.fingerprints) == 3
