@@ -237,7 +237,6 @@ def print_answer(name: str, found: Answer) -> None:
             target = arm.targets[0] if arm.targets else None
             table.add_row(
                 arm.arm,
-                ", ".join(f"{rate} {value:g}" for rate, value in arm.rates.items()),
                 "" if value is None else f"{value.mean:.4f} ± {value.sd:.4f}",
                 "" if value is None or value.difference is None else shown(value.difference),
                 "" if target is None else ", ".join(f"{'>' * r.is_censored}{r.steps:,}" for r in target.reached),
@@ -247,6 +246,8 @@ def print_answer(name: str, found: Answer) -> None:
                 style="bold" if arm.arm == found.control else None,
             )
         Console().print(table)
+    for arm in next(iter(found.arms.values()), {}).values():
+        Console().print(f"{arm.arm}: {', '.join(f'{rate} {value:g}' for rate, value in arm.rates.items())}")
     for flag in found.flags:
         logger.warning("%s", flag)
     Console().print(found.verdict)

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from muonrec.comparison.collect import collect
-from muonrec.comparison.protocol import check_fingerprints, check_settings
+from muonrec.comparison.protocol import check_fingerprints, check_settings, matches
 from muonrec.comparison.queue import QUEUE_STATE, Ended, Job, Queue, slots
 from muonrec.comparison.results import (
     RESULTS,
@@ -132,9 +132,12 @@ class Experiment:
         }
         trees = {name: self._resolved(arm) for name, arm in arms.items()}
         tuned = {name: [path for paths in arm.rate_settings.values() for path in paths] for name, arm in arms.items()}
-        for name, arm in arms.items():
-            named = [*arm.may_differ, *tuned[name], *tuned[config.control]]
-            check_settings(name, trees[name], trees[config.control], named=named)
+        for name, arm in list(arms.items()):
+            rates = [*tuned[name], *tuned[config.control]]
+            found = check_settings(name, trees[name], trees[config.control], named=[*arm.may_differ, *rates])
+            known = ("dense_optimizer", *rates)
+            also = [path for path in found if not any(matches(path, pattern) for pattern in known)]
+            arms[name] = dataclasses.replace(arm, also_differs=tuple(also))
         return Design(
             name=config.output.resolve().name,
             arms=tuple(arms.values()),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from muonrec.comparison.results import Arm, Design, RunResult
+from muonrec.comparison.results import Design, RunResult
 from muonrec.config import flat
 
 
@@ -74,9 +74,3 @@ def check_fingerprints(design: Design, runs: Iterable[RunResult]) -> None:
                 f"runs {control.run} ({control.arm}) and {run.run} ({run.arm}) of seed {run.seed} did not start alike: "
                 f"they differ in {', '.join(unlike)}; if that is meant, name it in arms.{run.arm}.may_differ"
             )
-
-
-def differs_in(arm: Arm) -> list[str]:
-    """What an arm's overrides change beside the dense optimizer and the tuned rates."""
-    tuned = [path for paths in arm.rate_settings.values() for path in paths]
-    return [path for path in arm.overrides if not any(matches(path, known) for known in ("dense_optimizer", *tuned))]

@@ -251,5 +251,6 @@ def slots(parallel: int | None, *, ranks: int, devices: int, cores: int) -> list
         own = [{"CUDA_VISIBLE_DEVICES": ",".join(visible[i * ranks : (i + 1) * ranks])} for i in range(count)]
     else:
         own = [{} for _ in range(parallel or max(1, cores // ranks))]
-    threads = str(max(1, cores // (len(own) * ranks)))
-    return [{"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads), **slot} for slot in own]
+    share = max(1, cores // (len(own) * ranks))
+    threads = min(share, int(os.environ.get("OMP_NUM_THREADS", share)))
+    return [{"OMP_NUM_THREADS": str(threads), **slot} for slot in own]

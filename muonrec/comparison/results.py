@@ -18,6 +18,8 @@ from muonrec.report import Ranked
 if TYPE_CHECKING:
     import pyarrow as pa
 
+    from muonrec.comparison.numbers import Answer
+
 RESULTS, TARGETS = "results.parquet", "targets.parquet"
 
 Stage = Literal["tune", "final"]
@@ -31,8 +33,8 @@ class Arm:
     Args:
         name: shown in tables and legends.
         overrides: settings that make the arm, by path, as `key=value` would give them; without the tuned rates.
-        may_differ: paths of settings in which the arm may differ from the control; of those it does differ in, the
-            report names each.
+        may_differ: paths of settings in which the arm may differ from the control.
+        also_differs: settings in which it does, beside the dense optimizer and the tuned rates; the report names them.
         grids: values tried of each tuned rate, in increasing order, by the rate's name (``dense``, ``rest``,
             ``tables``); with what the search added at an edge.
         rate_settings: which settings each tuned rate sets, by the rate's name.
@@ -41,6 +43,7 @@ class Arm:
     name: str
     overrides: dict[str, Any] = dataclasses.field(default_factory=dict)
     may_differ: tuple[str, ...] = ()
+    also_differs: tuple[str, ...] = ()
     grids: dict[str, tuple[float, ...]] = dataclasses.field(default_factory=dict)
     rate_settings: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
@@ -92,7 +95,8 @@ class Design:
         """What `to_json` wrote."""
         tree = json.loads(text)
         for arm in tree["arms"]:
-            arm["may_differ"] = tuple(arm["may_differ"])
+            for key in ("may_differ", "also_differs"):
+                arm[key] = tuple(arm[key])
             for key in ("grids", "rate_settings"):
                 arm[key] = {name: tuple(values) for name, values in arm[key].items()}
         for key in ("seeds", "budgets", "popularity_bounds", "length_bounds"):
@@ -235,6 +239,12 @@ class Comparison:
             if (run.arm, run.stage, run.budget, run.status) == (arm, "final", budget, "done")
         ]
         return sorted(runs, key=lambda run: run.seed)
+
+    def answer(self) -> Answer:
+        """What the runs show; see `muonrec.comparison.answer.answer`."""
+        from muonrec.comparison.answer import answer
+
+        return answer(self)
 
     def best_trial(self, arm: str) -> RunResult | None:
         """The trial of ``arm`` with the best validation; the earlier of equals; None if none is done."""

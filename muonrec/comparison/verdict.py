@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 from muonrec.comparison.numbers import Answer, ArmAnswer, Target
-from muonrec.comparison.protocol import differs_in
 from muonrec.comparison.results import Design
 from muonrec.metrics import Interval
 from muonrec.page import percent, pretty
@@ -29,7 +28,7 @@ def verdict(design: Design, found: Answer) -> str:
     ]
     # Arms that differ in the dense optimizer alone last: they are what the verdict is about.
     names = [name for name in arms if name != found.control]
-    for name in sorted(names, key=lambda name: not differs_in(design.arm(name))):
+    for name in sorted(names, key=lambda name: not design.arm(name).also_differs):
         sentences += _of_arm(design, found, arms[name])
     if any("end of what was tried" in flag for flag in found.flags):
         sentences.append("A best rate lies at the end of what was tried, so tuning may not be finished.")
@@ -37,7 +36,7 @@ def verdict(design: Design, found: Answer) -> str:
 
 
 def _of_arm(design: Design, found: Answer, arm: ArmAnswer) -> list[str]:
-    also = differs_in(design.arm(arm.arm))
+    also = design.arm(arm.arm).also_differs
     name = f"{arm.arm} (which also differs in {', '.join(also)})" if also else arm.arm
     measured = arm.test.get(found.metric)
     if measured is None or measured.difference is None:

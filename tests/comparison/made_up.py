@@ -18,11 +18,12 @@ def made_up_design(*, budgets=(1.0, 0.5), seeds=(1, 2, 3), trials=6) -> Design:
             "one-rate",
             {"dense_optimizer": "adamw", "tables.*.optimizer": "partial_rowwise_adam"},
             ("dense_optimizer", "tables.*.optimizer"),
+            ("tables.item.optimizer",),
             {"lr": (3e-4, 1e-3, 3e-3, 1e-2)},
             {"lr": ("dense_optimizer.lr", "adamw.lr", "tables.item.lr")},
         ),
-        Arm("control", {"dense_optimizer": "adamw"}, ("dense_optimizer",), GRIDS, RATES),
-        Arm("muon", {"dense_optimizer": "muon"}, ("dense_optimizer",), GRIDS, RATES),
+        Arm("control", {"dense_optimizer": "adamw"}, ("dense_optimizer",), (), GRIDS, RATES),
+        Arm("muon", {"dense_optimizer": "muon"}, ("dense_optimizer",), (), GRIDS, RATES),
     )
     return Design("made-up", arms, "control", trials=trials, seeds=tuple(seeds), budgets=tuple(budgets))
 

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from muonrec.comparison.protocol import check_fingerprints, check_settings, differences, differs_in, matches
+from muonrec.comparison.protocol import check_fingerprints, check_settings, differences, matches
 from tests.comparison.made_up import made_up_comparison
 
 CONTROL = {
@@ -56,9 +56,3 @@ def test_runs_that_did_not_start_alike_are_refused(name):
         check_fingerprints(comparison.design, [*comparison.runs, bad])
     arms = tuple(dataclasses.replace(arm, may_differ=(*arm.may_differ, name)) for arm in comparison.design.arms)
     check_fingerprints(dataclasses.replace(comparison.design, arms=arms), [*comparison.runs, bad])
-
-
-def test_what_an_arm_changes_beside_the_optimizer_is_told():
-    design = made_up_comparison(num_users=5, evaluations=3).design
-    assert differs_in(design.arm("one-rate")) == ["tables.*.optimizer"]
-    assert differs_in(design.arm("muon")) == []

@@ -113,6 +113,9 @@ def test_slots_share_cores_and_divide_devices(monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert slots(None, ranks=2, devices=0, cores=8) == [{"OMP_NUM_THREADS": "1"}] * 4
     assert slots(1, ranks=2, devices=0, cores=8) == [{"OMP_NUM_THREADS": "4"}]
+    for asked, got in (("1", "1"), ("64", "4")):  # fewer are the user's wish, more would be all of a job's cores
+        monkeypatch.setenv("OMP_NUM_THREADS", asked)
+        assert slots(1, ranks=2, devices=0, cores=8) == [{"OMP_NUM_THREADS": got}]
     assert [slot["CUDA_VISIBLE_DEVICES"] for slot in slots(None, ranks=2, devices=5, cores=8)] == ["0,1", "2,3"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
     assert [slot["CUDA_VISIBLE_DEVICES"] for slot in slots(None, ranks=1, devices=2, cores=8)] == ["4", "6"]
