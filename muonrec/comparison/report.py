@@ -191,6 +191,7 @@ def _protocol(comparison: Comparison) -> dict[str, Any]:
             "name": arm.name,
             "overrides": [f"{key}={short(value)}" for key, value in arm.overrides.items()],
             "may_differ": list(arm.may_differ),
+            "also_differs": list(arm.also_differs),
         }
         for arm in design.arms
     ]

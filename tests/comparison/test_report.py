@@ -58,6 +58,7 @@ def test_the_page_holds_every_section_and_the_figures_lie_beside_it(whole, page)
     assert "36,000" in text and "18.0 %" in text and "0.78 GiB" in text
     assert "All runs of a seed started alike" in text and "initial state i1 i2" in text
     assert "dense_optimizer.lr, adamw.lr, tables.item.lr" in text
+    assert "dense_optimizer tables.*.optimizer tables.item.optimizer" in text
     assert "failed: no memory" in text
 
 
