@@ -196,7 +196,8 @@ def _draw_validation(comparison: Comparison, answer: Answer) -> Any:
                 look = looks(comparison.design)[arm]
                 x_G, y_SG = common_curves(runs, against=against)
                 axis.fill_between(x_G, y_SG.min(0), y_SG.max(0), color=look.colour, alpha=0.2, linewidth=0)
-                handles[arm] = axis.plot(x_G, y_SG.mean(0), color=look.colour)[0]
+                axis.plot(x_G, y_SG.mean(0), color=look.colour)
+                handles[arm] = axis.plot([], [], color=look.colour, marker=look.marker, ms=7, mec="white")[0]
                 ends += [y_SG.min(0)[-1], y_SG.max(), y_SG.min()]
                 early.append(float(np.interp(0.2 * x_G[-1], x_G, y_SG.mean(0))))
             axis.set_xlim(left=0)
