@@ -219,9 +219,10 @@ class Runs:
             else:
                 job = self._job(run)
                 jobs.setdefault(job.folder, (job, []))[1].append(run)  # several, where arms have the same settings
+        self._write()
         if jobs:
             logger.info("%d runs, %d at a time; %d are known", len(jobs), len(self._slots), len(wanted) - len(jobs))
-        queue = Queue(self._slots, self.progress, tries=self._config.tries, cwd=ROOT)
+        queue = Queue(self._slots, self.progress, tries=self._config.tries)
         queue.run([job for job, _ in jobs.values()], lambda job, ended: self._record(job, jobs[job.folder][1], ended))
         return [self._results[_identity(run)] for run in wanted]
 
@@ -243,7 +244,7 @@ class Runs:
         for known in self._results.values():
             is_whole = known.status == "diverged" or (known.status == "done" and (run.stage == "tune" or known.test))
             if known.config_hash == run.config_hash and known.sources_hash in sources and is_whole:
-                self._keep(_named(known, run))
+                self._results[_identity(run)] = _named(known, run)
                 return True
         return False
 
@@ -276,7 +277,8 @@ class Runs:
                 self._check_targets(job, targets)
             check_fingerprints(self.design, [*self.comparison.current, run])
         for other in runs:
-            self._keep(_named(run, other))
+            self._results[_identity(other)] = _named(run, other)
+        self._write()
         if ended.status == "done":
             what = f"validation {run.valid.get(self.design.metric, float('nan')):.4f}"
             if run.test:
@@ -297,8 +299,7 @@ class Runs:
                 "the data set has changed: compare into another output"
             )
 
-    def _keep(self, run: RunResult) -> None:
-        self._results[_identity(run)] = run
+    def _write(self) -> None:
         write_results(self._config.output, self.design, self._results.values())
 
 

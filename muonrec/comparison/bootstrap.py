@@ -92,9 +92,11 @@ class Resampled:
                 means_2RS[side, :, place] = (
                     self._resampled[keys[place][side]] if has_users else self.mean(run, metric, part)
                 )
-        # Another stream than the users': the two are resampled independently of each other.
+        # Another stream than the users': the two are resampled independently of each other. One seed less than there
+        # are, or the variance of a few would come out too small by (S - 1) / S (Rao & Wu 1988).
         generator = np.random.default_rng([self._seed, 1])
-        seeds_RS = generator.multinomial(len(pairs), np.full(len(pairs), 1 / len(pairs)), size=self._num_resamples)
+        num_drawn = max(len(pairs) - 1, 1)
+        seeds_RS = generator.multinomial(num_drawn, np.full(len(pairs), 1 / len(pairs)), size=self._num_resamples)
         arm_R, control_R = (means_2RS * seeds_RS).sum(axis=2)
         with np.errstate(divide="ignore", invalid="ignore"):  # a resample in which the control has no hit at all
             return np.where(arm_R == control_R, 0.0, arm_R / control_R - 1.0)
@@ -102,11 +104,14 @@ class Resampled:
     def difference(self, pairs: Sequence[tuple[RunResult, RunResult]], metric: str, part: str = "") -> Interval | None:
         """The relative difference of the means over the pairs, with the 95 % interval of `differences`.
 
-        None without pairs, or where the control's mean is not positive; infinite where nothing can be resampled.
+        Without values by target it is the mean over seeds with its t interval: a bootstrap over a handful of seeds
+        alone would be far too narrow. None without pairs, or where the control's mean is not positive.
         """
         arm, control = (sum(self.mean(pair[side], metric, part) for pair in pairs) for side in (0, 1))
         if not pairs or not control > 0 or math.isnan(arm):
             return None
+        if not all((run.run, metric, part) in self._resampled for pair in pairs for run in pair):
+            return t_interval([self.mean(arm, metric) / self.mean(control, metric) - 1.0 for arm, control in pairs])
         resampled_R = self.differences(pairs, metric, part)
-        relative = arm / control - 1.0
-        return Interval(relative, -math.inf, math.inf) if resampled_R is None else interval_of(relative, resampled_R)
+        assert resampled_R is not None
+        return interval_of(arm / control - 1.0, resampled_R)

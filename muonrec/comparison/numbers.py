@@ -16,8 +16,8 @@ class Measured:
         mean, sd: over the seeds; ``sd`` with one degree of freedom less, 0 for a single seed.
         difference: relative to the control over the seeds that both have (0.05 is 5 % more); None for the control
             itself, or where the control's is not positive. The 95 % interval of test metrics is a paired bootstrap over
-            seeds and users, or seeds alone where the runs kept no values by target; that of other numbers is a t
-            interval over seeds. Infinite where there is one seed and nothing else to resample.
+            seeds and users; where the runs kept no values by target, and of other numbers, it is a t interval over
+            seeds, infinite for one.
     """
 
     values: tuple[float, ...]

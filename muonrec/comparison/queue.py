@@ -67,14 +67,11 @@ class Queue:
         slots: environment of each slot, such as the devices its runs may see.
         progress: moved by the steps that the jobs train.
         tries: of each command.
-        cwd: where the commands run.
     """
 
-    def __init__(
-        self, slots: Sequence[Mapping[str, str]], progress: Progress, *, tries: int = 2, cwd: Path | None = None
-    ) -> None:
+    def __init__(self, slots: Sequence[Mapping[str, str]], progress: Progress, *, tries: int = 2) -> None:
         self._free = list(slots)
-        self._progress, self._tries, self._cwd = progress, tries, cwd
+        self._progress, self._tries = progress, tries
         self._running: list[_Running] = []
 
     def run(self, jobs: Sequence[Job], on_end: Callable[[Job, Ended], None]) -> None:
@@ -88,7 +85,7 @@ class Queue:
         try:
             while waiting or self._running:
                 while waiting and self._free:
-                    running = _Running(waiting.pop(0), self._free.pop(0), cwd=self._cwd)
+                    running = _Running(waiting.pop(0), self._free.pop(0))
                     self._running.append(running)
                     counted[running.job.folder] = steps_done(running.job.folder)
                     running.start()
@@ -130,8 +127,8 @@ class Queue:
 class _Running:
     """A job under way in a slot; what it has done is kept in ``queue.json`` of its folder."""
 
-    def __init__(self, job: Job, slot: Mapping[str, str], *, cwd: Path | None) -> None:
-        self.job, self.slot, self._cwd = job, slot, cwd
+    def __init__(self, job: Job, slot: Mapping[str, str]) -> None:
+        self.job, self.slot = job, slot
         self._path = job.folder / QUEUE_STATE
         state: dict[str, Any] = json.loads(self._path.read_text()) if self._path.is_file() else {}
         self._commands_done, self._wall_s = state.get("commands_done", 0), state.get("wall_s", 0.0)
@@ -150,7 +147,6 @@ class _Running:
             # A session of its own: Ctrl-C on the terminal is ours alone to pass on.
             self._process = subprocess.Popen(
                 self.job.commands[self._commands_done],
-                cwd=self._cwd,
                 env={**os.environ, **self.slot},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
