@@ -75,11 +75,11 @@ def subplots(columns: int, *, height: float, rows: int = 1, **options: Any) -> t
     return figure, figure.subplots(rows, columns, squeeze=False, **options)
 
 
-def max_ticks(count: int) -> Any:
-    """A locator of at most so many ticks."""
+def max_ticks(count: int, *, whole: bool = False) -> Any:
+    """A locator of at most so many ticks, at whole numbers if asked."""
     from matplotlib.ticker import MaxNLocator
 
-    return MaxNLocator(count)
+    return MaxNLocator(count, integer=whole)
 
 
 def reach(value: Mapping[str, float]) -> np.ndarray:

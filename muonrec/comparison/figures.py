@@ -201,7 +201,7 @@ def _draw_validation(comparison: Comparison, answer: Answer) -> Any:
                 ends += [y_SG.min(0)[-1], y_SG.max(), y_SG.min()]
                 early.append(float(np.interp(0.2 * x_G[-1], x_G, y_SG.mean(0))))
             axis.set_xlim(left=0)
-            axis.xaxis.set_major_locator(max_ticks(6))
+            axis.xaxis.set_major_locator(max_ticks(6, whole=against == "curve_step"))
             axis.xaxis.set_major_formatter(_in_thousands)
         _target_lines(row, comparison, answer, budget)
         _set_limits(row[0], ends, early, higher_is_better=comparison.design.higher_is_better)
@@ -469,7 +469,7 @@ def _draw_spectra(comparison: Comparison, budget: float) -> Any:
         row[1].set_ylabel("% of the largest singular value")
         row[1].set_title(f"{'what one step adds' if what == 'update' else 'weights'}, at the end")
     axes[-1][0].xaxis.set_major_formatter(_in_thousands)
-    axes[-1][0].xaxis.set_major_locator(max_ticks(6))
+    axes[-1][0].xaxis.set_major_locator(max_ticks(6, whole=True))
     axes[-1][0].set_xlabel("training step")
     axes[-1][1].set_xlabel("place of the singular value (% of all)")
     figure.legend(handles.values(), [short_name(name) for name in handles], loc="outside upper left", ncols=4)
