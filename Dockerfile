@@ -23,7 +23,7 @@ COPY components components
 COPY configs configs
 # --no-build-isolation: by the setuptools that torch brought, as in `make setup`.
 RUN /opt/venv/bin/python -m pip install -c requirements/constraints-${ACCELERATOR}.txt --no-build-isolation \
-    -e '.[data,report]'
+    -e '.[data,report,compare]'
 
 FROM python:${PYTHON}
 # Volumes are made writable for this group by the components (fsGroup) and by docs/launch/train.yaml.

@@ -25,7 +25,7 @@ TORCH_CPU := $(TORCH_PIN)$(if $(filter Linux,$(shell uname -s)),+cpu)
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help setup doctor demo test test-slow test-gpu test-slurm test-spark test-chaos check format clean
+.PHONY: help setup doctor demo compare test test-slow test-gpu test-slurm test-spark test-chaos check format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | awk -F ':.*## ' '{ printf "  make %-10s %s\n", $$1, $$2 }'
@@ -68,6 +68,10 @@ demo: $(STAMP)  ## data -> train with Muon and with AdamW on two ranks -> eval -
 	$(TORCHRUN) pipeline.eval out/demo/adamw
 	$(TORCHRUN) pipeline.eval out/demo/muon 'compare=[out/demo/adamw]'
 	@echo "report: $(CURDIR)/out/demo/muon/report.html"
+
+compare: $(STAMP)  ## does Muon pay, in small: three arms tuned alike, two seeds, a verdict; minutes on a CPU
+	$(RUN) python -m pipeline.data configs/demo/sasrec.yaml
+	$(RUN) python -m pipeline.compare configs/compare/demo.yaml
 
 # Two workers, each with ranks of its own. In one process, in the order of the files: make test WORKERS=0
 WORKERS ?= 2

@@ -1,7 +1,7 @@
-"""The three stages as TorchX components: ``torchx run components/stages.py:train --config CONFIG -- key=value ...``.
+"""The stages as TorchX components: ``torchx run components/stages.py:train --config CONFIG -- key=value ...``.
 
 Data, train and evaluate are three apps: TorchX starts all roles of one app together. ``python -m pipeline.run CONFIG``
-submits them one after the other. docs/launch.md explains every argument, per scheduler.
+submits them one after the other; compare stands for itself. docs/launch.md explains every argument, per scheduler.
 """
 
 from typing import Dict, List, Optional
@@ -144,4 +144,42 @@ def evaluate(
     return _torchrun.app(
         "evaluate", command, j=j, cpu=cpu, gpu=gpu, memMB=memMB, image=image, env=env, mounts=mounts, pod=pod,
         max_retries=max_retries, grace_s=grace_s, rdzv_port=rdzv_port,
+    )  # fmt: skip
+
+
+def compare(
+    *args: str,
+    config: str = "configs/compare/demo.yaml",
+    cpu: int = 2,
+    gpu: int = 0,
+    memMB: int = 8192,
+    image: str = IMAGE,
+    env: Optional[Dict[str, str]] = None,
+    mounts: Optional[List[str]] = None,
+    pod: str = "",
+    max_retries: int = 3,
+    grace_s: int = 150,
+) -> specs.AppDef:
+    """Compare stage: arms under one protocol -> results.parquet and a verdict, at the place that the config names.
+
+    One node; the runs share its GPUs, or else its cores. A restart goes on with what is not finished. The data set must
+    be there.
+
+    Args:
+        args: settings of the comparison, key=value, after --
+        config: YAML file of the comparison
+        cpu: processor cores of the node
+        gpu: GPUs of the node
+        memMB: memory of the node in MB; Kubernetes requests 1024 MB less, the limit is all of it
+        image: container image (Kubernetes only)
+        env: extra environment, K1=V1,K2=V2; no commas within a value
+        mounts: volumes, type=volume,src=CLAIM,dst=/data,readonly,type=bind,... (Kubernetes only)
+        pod: YAML file of pod fields to add, such as spec.tolerations (Kubernetes only)
+        max_retries: restarts by the scheduler (SLURM requeue, Volcano RestartJob)
+        grace_s: seconds from SIGTERM until the stage is killed: the time that the runs' checkpoints have
+    """
+    command = _torchrun.python_command("pipeline.compare", [config, *args])
+    return _torchrun.app(
+        "compare", command, j="1x1", cpu=cpu, gpu=gpu, memMB=memMB, image=image, env=env, mounts=mounts, pod=pod,
+        max_retries=max_retries, grace_s=grace_s,
     )  # fmt: skip

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from muonrec.checkpoint import load, save
     from muonrec.checkpoint.foreign import adopt_checkpoint
+    from muonrec.comparison.callables import compare
     from muonrec.embeddings.joined import build_optimizer, explain
     from muonrec.embeddings.overlap import OverlappedPipeline
     from muonrec.embeddings.sharding import FSDP2Wrapper
@@ -23,6 +24,7 @@ __all__ = [
     "__version__",
     "adopt_checkpoint",
     "build_optimizer",
+    "compare",
     "explain",
     "load",
     "save",
@@ -36,6 +38,7 @@ _HOMES = {
     "save": "muonrec.checkpoint",
     "adopt_checkpoint": "muonrec.checkpoint.foreign",
     "load": "muonrec.checkpoint",
+    "compare": "muonrec.comparison.callables",
 }
 
 
@@ -49,6 +52,11 @@ def __getattr__(name: str) -> Any:
         missing = (error.name or "").partition(".")[0]
         if missing == "muonrec":  # ours, so no installation mends it
             raise
+        if name == "compare":
+            raise ImportError(
+                f"muonrec.compare needs {missing}, which cannot be imported ({error}); pip install 'muonrec[compare]'",
+                name=error.name,
+            ) from error
         raise ImportError(
             f"muonrec.{name} needs {missing or 'torchrec'}, which cannot be imported ({error}); with CUDA run "
             "pip install 'muonrec[torchrec,data]', without it run make setup in a clone; "

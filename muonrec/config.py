@@ -79,6 +79,15 @@ def to_yaml(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The leaves of nested mappings by path, ``section.key``; an empty mapping is a leaf."""
+    leaves: dict[str, Any] = {}
+    for key, value in tree.items():
+        path = f"{prefix}{key}"
+        leaves.update(flat(value, f"{path}.") if isinstance(value, Mapping) and value else {path: value})
+    return leaves
+
+
 def describe(cls: type[Config], *, prefix: str = "", leave_out: Sequence[str] = ()) -> str:
     """The settings of ``cls`` with their defaults, a line each, for the help of a command."""
     lines = []
@@ -109,20 +118,35 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     key, separator, _ = override.partition("=")
     if not separator or not key:
         raise ValueError(f"override {override!r} is not of the form key=value, such as dense_optimizer.lr=0.01")
+    value = parse_value(override)
+    try:
+        set_at(tree, key, value)
+    except ValueError as error:
+        raise ValueError(f"override {override!r}: {error}") from None
+
+
+def set_at(tree: dict[str, Any], key: str, value: Any) -> None:
+    """Set the setting at the path ``key`` of nested sections, in place; a ``*`` in it stands for every key there.
+
+    Raises:
+        ValueError: the path leads through something that is no section.
+    """
     *parents, leaf = key.split(".")
     node = tree
     for depth, parent in enumerate(parents):
+        if parent == "*":
+            for name in list(node):
+                set_at(node, ".".join([name, *parents[depth + 1 :], leaf]), value)
+            return
         child = node.setdefault(parent, {})
         if isinstance(child, str):  # `optimizer: muon` met by `optimizer.lr=0.01`
             child = node[parent] = {"name": child}
         if child is None:
             child = node[parent] = {}
         if not isinstance(child, dict):
-            raise ValueError(
-                f"override {override!r}: {'.'.join(parents[: depth + 1])} is a {type(child).__name__}, not a section"
-            )
+            raise ValueError(f"{'.'.join(parents[: depth + 1])} is a {type(child).__name__}, not a section")
         node = child
-    node[leaf] = parse_value(override)
+    node[leaf] = value
 
 
 def parse_value(override: str) -> Any:

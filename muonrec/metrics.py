@@ -197,6 +197,26 @@ def paired_bootstrap_difference(
     return Interval(float(arm_N.mean() / control_N.mean() - 1.0), low, high)
 
 
+def resampled_means(
+    values_NC: np.ndarray, users_N: np.ndarray | None = None, *, num_resamples: int = 1000, seed: int = 0
+) -> np.ndarray:
+    """The mean of each column over each resample of the users: one draw for all columns, so that they are paired.
+
+    Args:
+        values_NC: ``[N, C]``, finite: a column for each run, metric or group.
+        users_N, num_resamples, seed: as in `bootstrap_interval`.
+
+    Returns:
+        float64 ``[S, C]``.
+    """
+    return _resampled_means(_sums_of_users(np.asarray(values_NC, dtype=np.float64), users_N), num_resamples, seed)
+
+
+def interval_of(mean: float, resampled_S: np.ndarray, *, confidence: float = 0.95) -> Interval:
+    """The percentile interval of what was resampled, around what was not."""
+    return Interval(mean, *_percentiles(resampled_S, confidence))
+
+
 def groups_between(values_N: np.ndarray, bounds: Sequence[int]) -> tuple[np.ndarray, list[str]]:
     """Number each value by the range it falls in: ``bounds=(5, 20)`` makes ``<=5``, ``6-20`` and ``>20``.
 

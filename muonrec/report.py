@@ -5,32 +5,28 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import yaml
 
+from muonrec.config import flat
+from muonrec.figures import figure_style, line_styles, max_ticks, reach, subplots, svg
 from muonrec.metrics import Interval, metrics_per_user, paired_bootstrap_difference
+from muonrec.page import duration, percent, pretty, short, times, write_page
 from muonrec.runlog import read_metrics
 
 REPORT, METRICS, RANKS = "report.html", "metrics.json", "ranks.parquet"
 
-# Okabe & Ito 2008: told apart by colour-blind readers, and legible on white and on near-black alike.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-_DASHES = ("-", "--", ":")  # of the runs beyond the colours
 _PARTS = {
     "lr_tables": "tables",
     "lr_muon": "matrices, by Muon",
     "lr_matrices": "matrices, by AdamW",
     "lr_adamw": "the rest, by AdamW",
 }
-_INK = "#010203"  # stands for the reader's text colour, see _svg
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +93,7 @@ def read_run(folder: str | Path, *, name: str | None = None) -> RunRecord:
     lines = read_metrics(log) if log.is_file() else []
     return RunRecord(
         name=name or folder.resolve().name,
-        config=_flat(yaml.safe_load((folder / "resolved.yaml").read_text()) or {}),
+        config=flat(yaml.safe_load((folder / "resolved.yaml").read_text()) or {}),
         training=_by_step(line for line in lines if "loss_nats" in line),
         validation=_by_step(line for line in lines if any(key.startswith("valid_") for key in line)),
         metrics=_read_json(folder / METRICS),
@@ -208,19 +204,13 @@ def write_report(
     """
     if not runs:
         raise ValueError("a report of no runs was asked; pass at least one from muonrec.report.read_run")
-    try:
-        import jinja2
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise ImportError(f"{error.name} is not installed; pip install 'muonrec[report]'") from error
-
-    environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
-    template = environment.from_string(files("muonrec").joinpath("report.html.j2").read_text())
     valid_key = _valid_key(runs, main_metric)
     differences = _differences(runs, main_metric)
-    page = template.render(
+    with figure_style():
+        figures = _figures(runs, valid_key, main_metric)
+    return write_page(
+        Path(folder) / REPORT,
+        "report.html.j2",
         title=title or _title(runs),
         headline=headline(runs, differences, main_metric),
         results=_results(runs, main_metric),
@@ -228,19 +218,15 @@ def write_report(
         targets=_steps_to_target(runs, valid_key),
         valid_name=valid_key.removeprefix("valid_"),
         control=runs[0].name,
-        figures=_figures(runs, valid_key, main_metric),
+        figures=figures,
         breakdowns=_breakdowns(runs, main_metric),
         main_metric=main_metric,
-        runs=[_facts(run, valid_key, style) for run, style in zip(runs, _styles(runs), strict=True)],
+        runs=[_facts(run, valid_key, style) for run, style in zip(runs, line_styles(len(runs)), strict=True)],
         config_names=[run.name for run in runs],
         config_differences=config_differences(runs),
         texts={title: _texts(runs, key) for title, key in (("Routing", "routing"), ("Sharding plan", "plan"))},
         versions=_versions(runs),
     )
-    path = Path(folder) / REPORT
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page)
-    return path
 
 
 # Sentences and tables -------------------------------------------------------------------------------------------------
@@ -268,7 +254,7 @@ def headline(runs: Sequence[RunRecord], differences: Sequence[Mapping[str, Any]]
     ]
     popularity = arm.metrics["popularity"]["metrics"][main_metric]["mean"]
     if popularity > 0:
-        sentences[0] += f": {_times(value['mean'] / popularity)} what ranking by popularity reaches"
+        sentences[0] += f": {times(value['mean'] / popularity)} what ranking by popularity reaches"
     best = (arm.metrics.get("best_possible") or {}).get(main_metric)
     if best:
         sentences[0] += f", {100 * value['mean'] / best:.0f} % of the best possible"
@@ -278,14 +264,14 @@ def headline(runs: Sequence[RunRecord], differences: Sequence[Mapping[str, Any]]
                 sentences.append(f"It cannot be paired with {control.name}: {row['fault']}")
             elif row["interval"].contains_zero:
                 sentences.append(
-                    f"No difference to {control.name} is shown: {_percent(row['interval'].mean)}, "
-                    f"95 % interval {_percent(row['interval'].low)} to {_percent(row['interval'].high)}"
+                    f"No difference to {control.name} is shown: {percent(row['interval'].mean)}, "
+                    f"95 % interval {percent(row['interval'].low)} to {percent(row['interval'].high)}"
                 )
             else:
                 word = "better" if row["interval"].mean > 0 else "worse"
                 sentences.append(
                     f"It is {100 * abs(row['interval'].mean):.1f} % {word} than {control.name} (paired "
-                    f"over users, 95 % interval {_percent(row['interval'].low)} to {_percent(row['interval'].high)})"
+                    f"over users, 95 % interval {percent(row['interval'].low)} to {percent(row['interval'].high)})"
                 )
     return ". ".join(sentences) + "."
 
@@ -293,7 +279,7 @@ def headline(runs: Sequence[RunRecord], differences: Sequence[Mapping[str, Any]]
 def config_differences(runs: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
     """Settings that are not the same in all runs, each with its value per run; where a run was written is none."""
     keys = sorted({key for run in runs for key in run.config} - {"output"})
-    rows = [(key, [_short(run.config.get(key, "–")) for run in runs]) for key in keys]
+    rows = [(key, [short(run.config.get(key, "–")) for run in runs]) for key in keys]
     return [(key, values) for key, values in rows if len(set(values)) > 1]
 
 
@@ -343,7 +329,7 @@ def _differences(runs: Sequence[RunRecord], main_metric: str) -> list[dict[str, 
             continue
         for name, interval in intervals.items():
             verdict = "no difference shown" if interval.contains_zero else "better" if interval.mean > 0 else "worse"
-            cells = {part: _percent(value) for part, value in interval._asdict().items()}
+            cells = {part: percent(value) for part, value in interval._asdict().items()}
             row: dict[str, Any] = {"arm": arm.name, "metric": name, "fault": "", "cells": cells}
             rows.append(row | {"interval": interval, "verdict": verdict})
     return rows
@@ -360,7 +346,7 @@ def _steps_to_target(runs: Sequence[RunRecord], valid_key: str) -> list[dict[str
         for share in (0.99, 1.0):
             point = first_reaching(run.validation, valid_key, share * best)
             row["cells"].append(
-                "not reached" if point is None else f"step {point['step']:,} · {_seconds(point.get('seconds'))}"
+                "not reached" if point is None else f"step {point['step']:,} · {duration(point.get('seconds'))}"
             )
         rows.append(row)
     return rows
@@ -375,7 +361,7 @@ def _facts(run: RunRecord, valid_key: str, style: Mapping[str, Any]) -> dict[str
         "name": run.name,
         "colour": style["color"],
         "steps": f"{last['step']:,}" if last else "–",
-        "seconds": _seconds(last.get("seconds")),
+        "seconds": duration(last.get("seconds")),
         "rate": f"{np.median(rates):,.0f}" if rates else "–",
         "loss": f"{last['loss_nats']:.3f}" if last else "–",
         "best": f"{best[valid_key]:.4f} at step {best['step']:,}" if best else "–",
@@ -433,72 +419,46 @@ def _valid_key(runs: Sequence[RunRecord], main_metric: str) -> str:
 
 def _figures(runs: Sequence[RunRecord], valid_key: str, main_metric: str) -> dict[str, str]:
     """SVG text by name; a figure that would be empty is an empty text."""
-    import matplotlib
-
-    settings = {
-        "svg.fonttype": "none",  # text stays text: it can be searched, and takes the page's font
-        "svg.hashsalt": "muonrec",  # the same runs give the same bytes
-        "font.family": "sans-serif",
-        "font.size": 10,
-        "text.color": _INK,
-        "axes.edgecolor": _INK,
-        "axes.labelcolor": _INK,
-        "axes.titlesize": 10,
-        "axes.titlelocation": "left",
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.grid": True,
-        "axes.formatter.useoffset": False,
-        "axes.formatter.limits": (-4, 6),
-        "grid.color": "#888888",
-        "grid.alpha": 0.25,
-        "xtick.color": _INK,
-        "ytick.color": _INK,
-        "legend.frameon": False,
-        "lines.linewidth": 1.8,
-        "figure.constrained_layout.use": True,
+    return {
+        "results": _draw_results(runs, main_metric),
+        "validation": _draw_validation(runs, valid_key),
+        "loss": _draw_loss(runs),
+        "rates": _draw_rates(runs),
+        "breakdowns": _draw_breakdowns(runs, main_metric),
     }
-    with matplotlib.rc_context(settings):
-        return {
-            "results": _draw_results(runs, main_metric),
-            "validation": _draw_validation(runs, valid_key),
-            "loss": _draw_loss(runs),
-            "rates": _draw_rates(runs),
-            "breakdowns": _draw_breakdowns(runs, main_metric),
-        }
 
 
 def _draw_results(runs: Sequence[RunRecord], main_metric: str) -> str:
     rows = [
         (run.name, run.metrics["metrics"][main_metric], style)
-        for run, style in zip(runs, _styles(runs), strict=True)
+        for run, style in zip(runs, line_styles(len(runs)), strict=True)
         if main_metric in run.metrics.get("metrics", {})
     ]
     if not rows:
         return ""
-    figure, (axis,) = _subplots(1, height=0.9 + 0.32 * (len(rows) + 1))
+    figure, [[axis]] = subplots(1, height=0.9 + 0.32 * (len(rows) + 1))
     metrics = next(run.metrics for run in runs if run.metrics)
     for place, (_, value, style) in enumerate(rows):
-        axis.errorbar(value["mean"], place, xerr=_reach(value), fmt="o", color=style["color"], capsize=4, markersize=6)
+        axis.errorbar(value["mean"], place, xerr=reach(value), fmt="o", color=style["color"], capsize=4, markersize=6)
     popularity = metrics["popularity"]["metrics"][main_metric]
-    axis.errorbar(popularity["mean"], len(rows), xerr=_reach(popularity), fmt="s", color="#888888", capsize=4)
+    axis.errorbar(popularity["mean"], len(rows), xerr=reach(popularity), fmt="s", color="#888888", capsize=4)
     if best := (metrics.get("best_possible") or {}).get(main_metric):
         axis.axvline(best, color="#888888", linestyle="--")
         axis.annotate("best possible", (best, len(rows)), (-6, 0), textcoords="offset points", ha="right", va="center")
     axis.set_yticks(range(len(rows) + 1), [name for name, _, _ in rows] + ["popularity"])
     axis.set_ylim(len(rows) + 0.6, -0.6)
     axis.set_xlim(left=0)
-    axis.set_xlabel(f"{_pretty(main_metric)} on the {metrics['part']} items, 95 % interval")
+    axis.set_xlabel(f"{pretty(main_metric)} on the {metrics['part']} items, 95 % interval")
     axis.grid(visible=False, axis="y")
-    return _svg(figure)
+    return svg(figure)
 
 
 def _draw_validation(runs: Sequence[RunRecord], valid_key: str) -> str:
     if not any(valid_key in point for run in runs for point in run.validation):
         return ""
     timed = any("seconds" in point for run in runs for point in run.validation)
-    figure, axes = _subplots(1 + timed, height=3.4, sharey=True)
-    for run, style in zip(runs, _styles(runs), strict=True):
+    figure, [axes] = subplots(1 + timed, height=3.4, sharey=True)
+    for run, style in zip(runs, line_styles(len(runs)), strict=True):
         points = [point for point in run.validation if valid_key in point]
         marker = {"marker": "o", "markersize": 3.5} if len(points) <= 60 else {}
         axes[0].plot([p["step"] for p in points], [p[valid_key] for p in points], label=run.name, **style, **marker)
@@ -519,16 +479,16 @@ def _draw_validation(runs: Sequence[RunRecord], valid_key: str) -> str:
             xycoords=("axes fraction", "data"),
             textcoords="offset points",
         )
-    axes[0].set_ylabel(f"validation {_pretty(valid_key.removeprefix('valid_'))}")
+    axes[0].set_ylabel(f"validation {pretty(valid_key.removeprefix('valid_'))}")
     axes[0].legend(loc="lower right")
-    return _svg(figure)
+    return svg(figure)
 
 
 def _draw_loss(runs: Sequence[RunRecord]) -> str:
     if not any(run.training for run in runs):
         return ""
-    figure, (axis,) = _subplots(1, height=3.2)
-    for run, style in zip(runs, _styles(runs), strict=True):
+    figure, [[axis]] = subplots(1, height=3.2)
+    for run, style in zip(runs, line_styles(len(runs)), strict=True):
         steps = np.array([line["step"] for line in run.training])
         loss = np.array([line["loss_nats"] for line in run.training])
         window = len(loss) // 40
@@ -547,16 +507,16 @@ def _draw_loss(runs: Sequence[RunRecord]) -> str:
     axis.set_ylabel("training loss (nats per target)")
     axis.set_xlim(left=0)
     axis.legend(loc="upper right")
-    return _svg(figure)
+    return svg(figure)
 
 
 def _draw_rates(runs: Sequence[RunRecord]) -> str:
     keys = sorted({key for run in runs for line in run.training for key in line if key.startswith("lr_")})
     if not keys:
         return ""
-    figure, axes = _subplots(len(keys), height=2.7)
+    figure, [axes] = subplots(len(keys), height=2.7)
     for axis, key in zip(axes, keys, strict=True):
-        for index, (run, style) in enumerate(zip(runs, _styles(runs), strict=True)):
+        for index, (run, style) in enumerate(zip(runs, line_styles(len(runs)), strict=True)):
             lines = [line for line in run.training if line.get(key) is not None]
             if lines:  # equal rates lie on one another: the later are thinner, so that all are seen
                 style = style | {"linewidth": 1.5 + 2.0 * (len(runs) - 1 - index) / max(len(runs) - 1, 1)}
@@ -565,20 +525,20 @@ def _draw_rates(runs: Sequence[RunRecord]) -> str:
         axis.set_xlabel("training step")
         axis.set_xlim(left=0)
         axis.set_ylim(bottom=0)
-        axis.xaxis.set_major_locator(_max_ticks(5))
+        axis.xaxis.set_major_locator(max_ticks(5))
         axis.yaxis.set_major_formatter(lambda rate, _: f"{rate:g}")
     handles = {name: handle for axis in axes for handle, name in zip(*axis.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles.keys(), loc="outside upper left", ncols=3)
     axes[0].set_ylabel("learning rate")
-    return _svg(figure)
+    return svg(figure)
 
 
 def _draw_breakdowns(runs: Sequence[RunRecord], main_metric: str) -> str:
-    styles = {run.name: style for run, style in zip(runs, _styles(runs), strict=True)}
+    styles = {run.name: style for run, style in zip(runs, line_styles(len(runs)), strict=True)}
     tables = _breakdowns(runs, main_metric)
     if not any(cell for table in tables for row in table["rows"] for cell in row["cells"]):
         return ""
-    figure, axes = _subplots(len(tables), height=3.0, sharey=True)
+    figure, [axes] = subplots(len(tables), height=3.0, sharey=True)
     for axis, table in zip(axes, tables, strict=True):
         labels = [f"{row['group']}\n({row['num_users']:,})" for row in table["rows"]]
         for index, name in enumerate(table["names"]):
@@ -589,7 +549,7 @@ def _draw_breakdowns(runs: Sequence[RunRecord], main_metric: str) -> str:
             axis.errorbar(
                 [place for place, _ in known],
                 [cell["mean"] for _, cell in known],
-                yerr=np.concatenate([_reach(cell) for _, cell in known], axis=1) if known else None,
+                yerr=np.concatenate([reach(cell) for _, cell in known], axis=1) if known else None,
                 fmt="o",
                 markersize=5,
                 capsize=3,
@@ -603,81 +563,9 @@ def _draw_breakdowns(runs: Sequence[RunRecord], main_metric: str) -> str:
     # Set once all is drawn, since the panels share it; a little below zero, so that a zero is seen whole.
     highest = max(cell["high"] for table in tables for row in table["rows"] for cell in row["cells"] if cell) or 1.0
     axes[0].set_ylim(-0.03 * highest, 1.06 * highest)
-    axes[0].set_ylabel(f"{_pretty(main_metric)}, 95 % interval")
+    axes[0].set_ylabel(f"{pretty(main_metric)}, 95 % interval")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper left", ncols=3)
-    return _svg(figure)
-
-
-def _subplots(count: int, *, height: float, sharey: bool = False) -> tuple[Any, list[Any]]:
-    # No pyplot: it keeps every figure alive and picks a window system.
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9.2, height))
-    axes = figure.subplots(1, count, squeeze=False, sharey=sharey)
-    return figure, list(axes[0])
-
-
-def _max_ticks(count: int) -> Any:
-    from matplotlib.ticker import MaxNLocator
-
-    return MaxNLocator(count)
-
-
-def _svg(figure: Any) -> str:
-    """The figure as SVG to be put into HTML; its ink becomes the page's text colour, light or dark."""
-    stream = io.StringIO()
-    figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    text = stream.getvalue()
-    text = text[text.index("<svg") :].replace(_INK, "currentColor")
-    text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.DOTALL)
-    # Inline figures share one name space; matplotlib numbers its groups anew in each.
-    text = re.sub(
-        r' id="(?:figure|axes|line2d|text|patch|matplotlib\.axis|xtick|ytick|legend|LineCollection)_\d+"', "", text
-    )
-    return re.sub(
-        r'(<svg[^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1), count=1
-    )
-
-
-def _styles(runs: Sequence[RunRecord]) -> list[dict[str, Any]]:
-    return [
-        {"color": _COLOURS[i % len(_COLOURS)], "linestyle": _DASHES[i // len(_COLOURS) % len(_DASHES)]}
-        for i in range(len(runs))
-    ]
-
-
-def _reach(value: Mapping[str, float]) -> np.ndarray:
-    """``[2, 1]``: how far the interval reaches below and above the mean."""
-    return np.maximum([[value["mean"] - value["low"]], [value["high"] - value["mean"]]], 0.0)
-
-
-# Words ----------------------------------------------------------------------------------------------------------------
-
-
-def _pretty(metric: str) -> str:
-    name, at, k = metric.partition("@")
-    return (name.upper() if name in ("ndcg", "mrr") else name.capitalize()) + at + k
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:+.1f} %".replace("-", "−")
-
-
-def _times(ratio: float) -> str:
-    return f"{ratio:.1f} times"
-
-
-def _seconds(seconds: float | None) -> str:
-    if seconds is None:
-        return "–"
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
-
-
-def _short(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+    return svg(figure)
 
 
 # Files ----------------------------------------------------------------------------------------------------------------
@@ -704,11 +592,3 @@ def _by_step(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     for line in lines:
         by_step[line["step"]] = by_step.get(line["step"], {}) | line
     return [by_step[step] for step in sorted(by_step)]
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        path = f"{prefix}{key}"
-        flat.update(_flat(value, f"{path}.") if isinstance(value, Mapping) and value else {path: value})
-    return flat

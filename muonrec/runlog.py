@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import os
+import resource
 import sys
 import time
 import traceback
@@ -133,6 +134,10 @@ class Progress:
         """Say that there will be about ``total``."""
         self._total = max(total, self._done)
 
+    def expect_less(self, count: float) -> None:
+        """Say that ``count`` of what was expected need not be done."""
+        self.expect((self._total or 0) - count)
+
     @property
     def done(self) -> float:
         """How many are done."""
@@ -239,6 +244,51 @@ class Clock:
         self._started += passed
         self._lap_started += passed
         self._paused_at = None
+
+
+class Stopwatch:
+    """Seconds spent within ``with`` blocks; with CUDA by the device's clock, since the program runs ahead of it."""
+
+    def __init__(self, *, cuda: bool = False) -> None:
+        self._cuda = cuda
+        self._seconds, self._entered = 0.0, 0.0
+        self._events: list[Any] = []
+
+    def __enter__(self) -> Stopwatch:
+        self._entered = time.monotonic()
+        self._mark()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._seconds += time.monotonic() - self._entered
+        self._mark()
+
+    def lap(self) -> float:
+        """The seconds since the last call; with CUDA it waits for the last block to end."""
+        seconds, self._seconds = self._seconds, 0.0
+        if self._cuda:
+            events, self._events = self._events, []
+            if events:
+                events[-1].synchronize()
+            seconds = sum(start.elapsed_time(end) for start, end in zip(events[::2], events[1::2], strict=True)) / 1e3
+        return seconds
+
+    def _mark(self) -> None:
+        if self._cuda:
+            import torch
+
+            self._events.append(torch.cuda.Event(enable_timing=True))
+            self._events[-1].record()
+
+
+def peak_memory_bytes(*, cuda: bool = False) -> int:
+    """The most this process ever held: allocated on the current device with CUDA, else resident."""
+    if cuda:
+        import torch
+
+        return torch.cuda.max_memory_allocated()
+    # In KiB on Linux, in bytes on macOS.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:

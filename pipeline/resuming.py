@@ -17,7 +17,14 @@ if TYPE_CHECKING:
     from pipeline.train import TrainConfig
 
 # What may differ when a run is resumed: it changes where things are computed or written, not what is learned.
-_MAY_DIFFER = {"dense_sharding", "log_every_steps", "tensorboard", "checkpoints"}
+_MAY_DIFFER = {
+    "dense_sharding",
+    "log_every_steps",
+    "tensorboard",
+    "checkpoints",
+    "fingerprints",
+    "spectra_every_steps",
+}
 _TABLES_MAY_DIFFER = {"sharding", "min_partition", "memory", "cache_load_factor", "pooling_factor"}
 
 # What may differ from the run that ``init_from`` names, when all that shall change is the dense optimizer.

@@ -34,12 +34,14 @@ from muonrec.mesh import Ranks, join_ranks
 from muonrec.metrics import ranking_metrics
 from muonrec.models import MODELS, ModelConfig, SASRecConfig, TigerConfig, scorer_of
 from muonrec.optim import Schedule, format_routing
-from muonrec.runlog import Clock, RunLog, configure_logging, run_stage
+from muonrec.runlog import Clock, RunLog, Stopwatch, configure_logging, peak_memory_bytes, run_stage
 from muonrec.supervision import Supervision
 from pipeline.building import as_read_by, build_model, load_data, make_tokenizer, semantic_ids_of
 from pipeline.data import DataConfig, check_same_data
+from pipeline.fingerprints import record_fingerprints
 from pipeline.plan import parse_ranks, parse_rows, print_plan
 from pipeline.resuming import check_output, check_same_codes, check_trained_on, choose_checkpoints, first_items
+from pipeline.spectra import Spectra
 
 logger = logging.getLogger(__name__)
 
@@ -122,6 +124,10 @@ class TrainConfig(Config):
             on a fused matrix (a GRU's gates, q, k and v) as it stands, and not in the blocks that its role knows.
         precision: ``bf16`` runs the forward pass under `torch.autocast`; weights, optimizers and tables stay float32.
             There is no fp16: it needs a GradScaler, and the fused tables would take the scaled gradients.
+        fingerprints: write ``fingerprints.json``, hashes of the initial weights and of the data's order, that
+            `pipeline.compare` checks.
+        spectra_every_steps: write ``spectra.jsonl``, singular values of the tower's matrices and of their updates; 0:
+            never.
     """
 
     output: Path
@@ -149,6 +155,8 @@ class TrainConfig(Config):
     checkpoints: CheckpointConfig = CheckpointConfig()
     log_every_steps: int = Field(default=10, ge=1)
     tensorboard: bool = True
+    fingerprints: bool = False
+    spectra_every_steps: int = Field(default=0, ge=0)
 
     @model_validator(mode="after")
     def _one_length(self) -> TrainConfig:
@@ -230,17 +238,25 @@ def train(config: TrainConfig, ranks: Ranks) -> None:
     supervision = Supervision(config.output, ranks)
     root = config.output / "checkpoints"
     step, best = run.resume(root)
+    if config.fingerprints and step == 0:
+        whole = dataclasses.replace(ranks, rank=0, num_ranks=1)
+        loader = make_loader(config, run.sequences, whole, semantic_ids_of(config))
+        record_fingerprints(config.output, run.model, loader, ranks)
     saved = step
     settings = config.checkpoints
     writer = checkpoint.Writer(
         root, keep=settings.keep, asynchronous=settings.asynchronous, may_commit=supervision.may_write
     )
-    accumulated = AccumulatedStep(run.optimizer, run.model)
+    cuda = ranks.device.type == "cuda"
+    stopwatch = Stopwatch(cuda=cuda)
+    accumulated = AccumulatedStep(run.optimizer, run.model, timed=stopwatch)
     pipeline = TrainPipelineSparseDist(run.model, accumulated, ranks.device)
     log = RunLog(
         config.output, enabled=ranks.is_first, start_step=step, num_steps=run.num_steps, tensorboard=config.tensorboard
     )
     clock = Clock(already_s=best.seconds)
+    every, speaks = config.spectra_every_steps, ranks.is_first
+    spectra = Spectra(config.output, run.model, config.routing, every_steps=every, enabled=speaks, paused=clock.paused)
     with log, supervision, writer:
         while step < run.num_steps and not best.is_stale(config.validation.patience):
             # A stretch between two validations: the pipeline ends it with no batch in flight, since TorchRec's sharded
@@ -258,13 +274,15 @@ def train(config: TrainConfig, ranks: Ranks) -> None:
                 rates = run.set_rates(step)
                 run.seed_dropout(step)
                 statistics = {"loss_nats": 0.0, "num_targets": 0.0}
-                for _ in accumulated.over(run.micro_steps(step)):
-                    for name, part in pipeline.progress(batches).items():
-                        statistics[name] += part
+                with spectra.around(step + 1):
+                    for _ in accumulated.over(run.micro_steps(step)):
+                        for name, part in pipeline.progress(batches).items():
+                            statistics[name] += part
                 step += 1
                 clock.count(statistics["num_targets"])
                 if step % config.log_every_steps == 0 or step == end:
                     numbers = {**statistics, **rates, **run.norms(), **clock.lap()}
+                    numbers["optimizer_s"] = stopwatch.lap()
                     log.write(step, epoch=step / run.steps_per_epoch, **numbers)
                     log.show(step, loss_nats=statistics["loss_nats"], events_per_s=numbers["events_per_s"])
                 if step % config.checkpoints.every_steps == 0 and step != end:
@@ -279,7 +297,7 @@ def train(config: TrainConfig, ranks: Ranks) -> None:
                 metrics = run.validate()
                 pipeline.attach(run.model)
                 best = best.after(step, metrics["valid_ndcg@10"], seconds=clock.seconds)
-                log.write(step, **metrics, seconds=clock.seconds)
+                log.write(step, **metrics, seconds=clock.seconds, peak_memory_bytes=peak_memory_bytes(cuda=cuda))
                 ndcg = metrics["valid_ndcg@10"]
                 log.say(f"step {step}: validation NDCG@10 {ndcg:.4f}, best {best.value:.4f} at {best.step}")
                 supervision.check_lease()

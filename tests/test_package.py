@@ -55,14 +55,22 @@ print(muonrec.optim.Muon.__name__, sorted(roots - set(sys.stdlib_module_names)))
 
 def test_every_public_name_without_torchrec_says_how_to_install_it() -> None:
     program = (
-        "import muonrec\nfor name in muonrec._HOMES:\n"
+        "import muonrec\nfor name in [name for name in muonrec._HOMES if name != 'compare']:\n"
         "    try:\n        getattr(muonrec, name)\n    except ImportError as error:\n        print(error)\n"
     )
     messages = run_without({"torchrec"}, program).stdout.splitlines()
     assert [message.split(",")[0] for message in messages] == [
-        f"muonrec.{name} needs torchrec" for name in muonrec._HOMES
+        f"muonrec.{name} needs torchrec" for name in muonrec._HOMES if name != "compare"
     ]
     assert all("pip install 'muonrec[torchrec,data]'" in message for message in messages)
+
+
+def test_comparing_needs_no_torchrec_and_says_what_it_needs() -> None:
+    result = run_without({"torchrec", "fbgemm_gpu"}, "import muonrec; print(muonrec.compare.__name__)")
+    assert result.stdout.strip() == "compare", result.stderr
+    result = run_without({"numpy", "torchrec"}, "import muonrec; muonrec.compare")
+    assert "muonrec.compare needs numpy" in result.stderr
+    assert "pip install 'muonrec[compare]'" in result.stderr
 
 
 @pytest.mark.parametrize("name", sorted(set(muonrec.__all__) - {"__version__"}))

@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 
 import pytest
 import torch.distributed as dist
 
 from muonrec import runlog
-from muonrec.runlog import Progress, RunLog, configure_logging, read_metrics, run_stage
+from muonrec.runlog import (
+    Progress,
+    RunLog,
+    Stopwatch,
+    configure_logging,
+    peak_memory_bytes,
+    read_metrics,
+    run_stage,
+)
 from tests.distributed.ranks import run_on_ranks
 
 
@@ -144,3 +153,21 @@ def test_progress_counts_the_rate_from_where_it_began(configured, capsys, monkey
     now[0] = 20.0
     progress.move_to(940)
     assert "940 of 1,000 steps  2 steps/s  ETA 30 s" in capsys.readouterr().err
+
+
+def test_a_stopwatch_counts_its_blocks_alone():
+    stopwatch = Stopwatch()
+    for _ in range(2):
+        with stopwatch:
+            time.sleep(0.02)
+        time.sleep(0.02)
+    assert 0.04 <= (seconds := stopwatch.lap()) and stopwatch.lap() == 0.0
+    assert seconds < 10.0
+
+
+def test_peak_memory_is_in_bytes():
+    before = peak_memory_bytes()
+    held = bytearray(64 * 2**20)
+    held[:: 2**12] = b"x" * len(held[:: 2**12])
+    # A Python with torch in it holds more than 20 MB and less than a terabyte.
+    assert 20e6 < before <= peak_memory_bytes() < 1e12

@@ -98,12 +98,16 @@ class TrainingBatches:
         """Yield the batches of steps ``start_step`` to ``num_steps``, assembled by a background thread."""
         return prefetched(lambda: (self.share(step) for step in range(start_step, num_steps)), depth=prefetch)
 
+    def samples(self, step: int) -> np.ndarray:
+        """Samples of this rank's share of global batch ``step``, int64, in the order of the streams.
+
+        Each by the place in `Sequences.values` of its last event, which names its user as well.
+        """
+        return np.concatenate(self._samples_by_stream(step))
+
     def share(self, step: int) -> SequenceBatch:
         """This rank's share of global batch ``step``."""
-        epoch, index = divmod(step, self.steps_per_epoch)
-        self._shuffle(epoch)
-        first = index * self._samples_per_stream
-        slices = [self._order[stream][first : first + self._samples_per_stream] for stream in self._my_streams]
+        slices = self._samples_by_stream(step)
         last = np.concatenate(slices)
         streams = np.repeat(np.fromiter(self._my_streams, np.int64), [len(part) for part in slices])
 
@@ -131,6 +135,12 @@ class TrainingBatches:
             timestamps_s=timestamps_at(self._sequences, at),
         )
         return batch if self._finish is None else self._finish(batch)
+
+    def _samples_by_stream(self, step: int) -> list[np.ndarray]:
+        epoch, index = divmod(step, self.steps_per_epoch)
+        self._shuffle(epoch)
+        first = index * self._samples_per_stream
+        return [self._order[stream][first : first + self._samples_per_stream] for stream in self._my_streams]
 
     def _candidates(self, step: int, streams: np.ndarray, counts: np.ndarray, by_length: np.ndarray) -> np.ndarray:
         if self._sampler.kind != "per_target":

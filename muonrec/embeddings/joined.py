@@ -112,10 +112,22 @@ class AccumulatedStep:
 
     DDP reduces the gradients with the last micro-batch, unless its graph is static. FSDP2 reduces them with each, since
     it holds whole gradients until it does.
+
+    Args:
+        optimizer: stepped and cleared.
+        model: that it belongs to.
+        timed: entered around every step of the optimizer, such as a `muonrec.runlog.Stopwatch`.
     """
 
-    def __init__(self, optimizer: JoinedOptimizer, model: DistributedModelParallel) -> None:
+    def __init__(
+        self,
+        optimizer: JoinedOptimizer,
+        model: DistributedModelParallel,
+        *,
+        timed: AbstractContextManager[object] | None = None,
+    ) -> None:
         self._optimizer = optimizer
+        self._timed = nullcontext() if timed is None else timed
         wrapped = model._dmp_wrapped_module
         # A static graph is recorded by the first backward pass, which must reduce. Reducing every micro-batch of the
         # first step alone would do, but a resumed run would not repeat the rounding of the one that was not stopped.
@@ -136,7 +148,8 @@ class AccumulatedStep:
 
     def step(self) -> None:
         if self._is_last:
-            self._optimizer.step()
+            with self._timed:
+                self._optimizer.step()
 
 
 class DenseOptimizer(KeyedOptimizerWrapper):

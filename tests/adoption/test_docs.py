@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+import muonrec
 from tests.distributed.ranks import run_on_ranks
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -23,6 +24,28 @@ def test_both_scripts_train(tmp_path):
         losses = run_on_ranks(2, run, str(script), str(tmp_path / script.stem))[0]
         assert len(losses) == 40
         assert sum(losses[-4:]) < 0.9 * sum(losses[:4]), script.name
+
+
+def compare(script):
+    scope = runpy.run_path(script)
+
+    def train_arm(settings, **asked):
+        return scope["train_arm"](settings, num_steps=4, **asked)
+
+    arms = {name: {**arm, "dense_lr": [0.003], "rest_lr": [0.001]} for name, arm in scope["ARMS"].items()}
+    comparison = muonrec.compare(train_arm, arms, "auc", trials=1, seeds=(1, 2), max_extensions=0)
+    return comparison.answer()
+
+
+def test_the_comparison_of_a_dlrm_runs():
+    answer = run_on_ranks(1, compare, str(DOCS / "examples" / "dlrm_compare.py"))[0]
+    control, muon = answer.arms[1.0]["control"], answer.arms[1.0]["muon"]
+    assert len(muon.test["auc"].values) == 2 == len(muon.targets[0].reached)
+    assert 0.3 < muon.test["auc"].mean < 0.9
+    # Over seeds and examples for the entropy, which is a mean over these; over seeds alone for AUC.
+    assert muon.test["normalized_entropy"].difference.low < muon.test["normalized_entropy"].difference.high
+    assert control.test["auc"].difference is None
+    assert 0 < muon.optimizer_share < 1
 
 
 def test_the_page_shows_the_change_between_them():

@@ -41,13 +41,13 @@ def schedulers() -> list[str]:
     return ["local_cwd", "slurm", "kubernetes"]
 
 
-@pytest.mark.parametrize("name", ["data", "train", "evaluate"])
+@pytest.mark.parametrize("name", ["data", "train", "evaluate", "compare"])
 def test_torchx_finds_no_fault_in_a_component(name: str) -> None:
     assert file_linter.validate(str(STAGES), name) == []
     assert finder.get_component(f"{STAGES}:{name}").fn_name == name
 
 
-@pytest.mark.parametrize("name", ["data", "train", "evaluate"])
+@pytest.mark.parametrize("name", ["data", "train", "evaluate", "compare"])
 def test_every_argument_is_documented(name: str) -> None:
     _, descriptions = file_linter.get_fn_docstring(getattr(stages, name))
     assert [argument for argument, text in descriptions.items() if not text.strip()] == []
@@ -115,7 +115,7 @@ with get_runner() as runner:
     assert done.stdout.count("ok\n") == 9, done.stdout + done.stderr
 
 
-def test_data_and_evaluate_run_their_stages() -> None:
+def test_data_evaluate_and_compare_run_their_stages() -> None:
     data = stages.data("seed=1", config="configs/a.yaml")
     assert data.roles[0].args == ["-c", "exec python -m pipeline.data configs/a.yaml seed=1"]
     evaluate = stages.evaluate("compare=[out/b]", run="out/a", j="1x8", cpu=8)
@@ -124,6 +124,9 @@ def test_data_and_evaluate_run_their_stages() -> None:
         "exec torchrun --standalone --nnodes 1 --nproc-per-node 8 --max-restarts 0 --shutdown-timeout 30 "
         "-m pipeline.eval out/a 'compare=[out/b]'",
     ]
+    compare = stages.compare("seeds=[1, 2]", config="configs/compare/a.yaml", gpu=4)
+    assert compare.roles[0].args == ["-c", "exec python -m pipeline.compare configs/compare/a.yaml 'seeds=[1, 2]'"]
+    assert (compare.roles[0].num_replicas, compare.roles[0].resource.gpu) == (1, 4)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,166 @@
+"""A comparison of any model: the arms of a function that trains one, under the protocol of `pipeline.compare`."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from muonrec.comparison.protocol import check_fingerprints, check_settings
+from muonrec.comparison.results import RESULTS, Arm, Comparison, Design, RunResult, read_comparison, write_results
+from muonrec.comparison.tuning import Asked, final_runs, tune
+
+logger = logging.getLogger(__name__)
+
+# What ``train_arm`` may return, with the meaning that `RunResult` gives it.
+RETURNED = (
+    "valid", "test", "per_unit", "curve_step", "curve_seconds", "curve_value", "num_steps", "best_step", "seconds",
+    "events_per_s", "optimizer_share", "peak_memory_bytes", "device", "fingerprints",
+)  # fmt: skip
+# Of a trial, which the test set must not touch.
+_OF_TEST = ("test", "per_unit")
+
+
+def compare(
+    train_arm: Callable[..., Mapping[str, Any]],
+    arms: Mapping[str, Mapping[str, Any]],
+    metric: str,
+    *,
+    higher_is_better: bool = True,
+    control: str = "control",
+    may_differ: Sequence[str] = ("optimizer",),
+    trials: int = 12,
+    seeds: Sequence[int] = (1, 2, 3, 4, 5),
+    budgets: Sequence[float] = (1.0,),
+    tuning_seed: int = 0,
+    max_extensions: int = 2,
+    output: str | Path | None = None,
+    version: str = "",
+    name: str = "comparison",
+) -> Comparison:
+    """Tune every arm of ``train_arm`` alike on validation, run the seeds at the tuned rates, keep what came out.
+
+    ``train_arm(settings, seed=, budget=, is_final=)`` trains a new model and returns some of `RETURNED`: ``valid`` with
+    ``metric`` always, ``test`` when ``is_final``; ``per_unit``, values of metrics by test example, lets the intervals
+    resample these beside the seeds; ``curve_*`` gives steps to target; ``fingerprints``, such as of the initial weights
+    and of the first batches, must be equal between arms. It draws weights and order of the data from ``seed`` alone and
+    trains ``budget`` times its full steps with a full schedule. One that raises FloatingPointError has diverged.
+
+    Under torchrun every rank calls this, and ``train_arm`` returns the same numbers on each. Not for runs that must
+    survive the process: those are a queue of `pipeline.compare`; with ``output`` at least what has ended is kept.
+
+    Args:
+        train_arm: as above.
+        arms: settings by arm; a list of numbers is the grid of a tuned rate, from which ``train_arm`` gets one value.
+        metric: the main one, such as ``auc``.
+        higher_is_better: of ``metric``.
+        control: the arm that the others are held against.
+        may_differ: settings, beside the tuned rates, in which an arm may differ from the control.
+        trials: of each arm.
+        seeds: of the final runs.
+        budgets: of the final runs.
+        tuning_seed: of the search and its runs.
+        max_extensions: how often a grid whose end is best is extended by a value, for every arm.
+        output: folder of ``results.parquet``; runs that it holds are not repeated.
+        version: of the code; a new one repeats every run.
+        name: for people.
+
+    Returns:
+        All runs; `Comparison.answer` says what they show.
+
+    Raises:
+        ValueError: arms differ in what ``may_differ`` does not name, or did not start alike; or ``train_arm`` returned
+            what it must not.
+        ImportError: optuna is missing.
+    """
+    if control not in arms:
+        raise ValueError(f"control {control!r} is none of the arms: {', '.join(arms)}")
+    grids = {arm: {key: tuple(value) for key, value in own.items() if _is_grid(value)} for arm, own in arms.items()}
+    fixed = {arm: {key: value for key, value in own.items() if key not in grids[arm]} for arm, own in arms.items()}
+    for arm in arms:
+        named = [*may_differ, *grids[arm], *grids[control]]
+        check_settings(arm, arms[arm], arms[control], named=named)
+    design = Design(
+        name,
+        tuple(
+            Arm(arm, fixed[arm], tuple(may_differ), (), grids[arm], {key: (key,) for key in grids[arm]}) for arm in arms
+        ),
+        control,
+        metric=metric,
+        higher_is_better=higher_is_better,
+        trials=trials,
+        seeds=tuple(seeds),
+        budgets=tuple(sorted(budgets, reverse=True)),
+    )
+    calls = _Calls(train_arm, fixed, Path(output) if output is not None else None, version)
+    design, rates = tune(design, calls.execute, seed=tuning_seed, max_extensions=max_extensions)
+    calls.execute(design, final_runs(design, rates))
+    return Comparison(design, tuple(calls.results.values()))
+
+
+class _Calls:
+    """Calls the function for what is not known yet."""
+
+    def __init__(
+        self,
+        train_arm: Callable[..., Mapping[str, Any]],
+        settings: Mapping[str, Mapping[str, Any]],
+        output: Path | None,
+        version: str,
+    ) -> None:
+        self._train_arm, self._settings, self._output, self._version = train_arm, settings, output, version
+        self.results: dict[str, RunResult] = {}
+        if output is not None and (output / RESULTS).is_file():
+            runs = read_comparison(output).runs
+            self.results = {run.run: dataclasses.replace(run, superseded=True) for run in runs}
+
+    def execute(self, design: Design, asked: Sequence[Asked]) -> list[RunResult]:
+        found = []
+        for ask in asked:
+            settings = {**self._settings[ask.arm], **ask.rates}
+            run = self._key(ask, settings)
+            result = self.results.get(run) or self._call(design, ask, settings, run)
+            result = dataclasses.replace(result, **vars(ask), superseded=False)
+            self.results[run] = result
+            check_fingerprints(design, [other for other in self.results.values() if not other.superseded])
+            if self._output is not None and _is_first():
+                write_results(self._output, design, self.results.values())
+            found.append(result)
+        return found
+
+    def _key(self, ask: Asked, settings: Mapping[str, Any]) -> str:
+        # The arm and the trial count, too: arms with equal settings are runs of their own here.
+        text = json.dumps(
+            [ask.arm, ask.stage, settings, ask.seed, ask.budget, self._version], sort_keys=True, default=str
+        )
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    def _call(self, design: Design, ask: Asked, settings: Mapping[str, Any], run: str) -> RunResult:
+        is_final = ask.stage == "final"
+        identity = RunResult(run, **vars(ask), config_hash=run)
+        try:
+            returned = self._train_arm(dict(settings), seed=ask.seed, budget=ask.budget, is_final=is_final)
+        except FloatingPointError as error:
+            return dataclasses.replace(identity, status="diverged", fault=str(error))
+        if unknown := sorted(set(returned) - set(RETURNED)):
+            raise ValueError(f"train_arm returned {', '.join(unknown)}; it may return {', '.join(RETURNED)}")
+        for part in ("valid", "test") if is_final else ("valid",):
+            if design.metric not in returned.get(part, {}):
+                raise ValueError(f"train_arm returned no {part} {design.metric}; return {{{part!r}: {{...}}, ...}}")
+        kept = {key: value for key, value in returned.items() if is_final or key not in _OF_TEST}
+        logger.info("%s, %s, seed %d: %s", ask.arm, ask.rates, ask.seed, kept["valid"])
+        return dataclasses.replace(identity, **kept)
+
+
+def _is_grid(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(type(number) in (int, float) for number in value)
+
+
+def _is_first() -> bool:
+    dist = sys.modules.get("torch.distributed")
+    return dist is None or not dist.is_initialized() or dist.get_rank() == 0

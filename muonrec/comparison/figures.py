@@ -1,0 +1,497 @@
+"""The figures of a comparison, an arm in the same colour and with the same marker in each."""
+
+# S = seeds, E = evaluations, G = places on an axis
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from muonrec.comparison.forest import (
+    Mark,
+    Row,
+    draw_forest,
+    known,
+    label_rows,
+    level_handles,
+    level_marker,
+)
+from muonrec.comparison.numbers import Answer, ArmAnswer, Group, Measured
+from muonrec.comparison.results import Comparison, Design, RunResult, Spectrum
+from muonrec.figures import COLOURS, GREY, MARKERS, max_ticks, save_figures, short_name, subplots
+from muonrec.metrics import Interval
+from muonrec.page import percent, pretty
+
+FIGURES = "figures"
+_BREAKDOWNS = {"popularity": "training events of the target", "length": "events of the history"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Look:
+    """How an arm is drawn."""
+
+    colour: str
+    marker: str
+
+
+def looks(design: Design) -> dict[str, Look]:
+    """The control first, then the others in their order."""
+    names = [design.control, *(arm.name for arm in design.arms if arm.name != design.control)]
+    return {name: Look(COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]) for i, name in enumerate(names)}
+
+
+def budget_name(comparison: Comparison, budget: float) -> str:
+    """``full budget (2,000 steps)``."""
+    share = "full budget" if budget == 1 else f"{100 * budget:.3g} % of the budget"
+    steps = max((run.num_steps for arm in comparison.arms for run in comparison.finals(arm, budget)), default=0)
+    return f"{share} ({steps:,} steps)" if steps else share
+
+
+def draw_comparison(comparison: Comparison, answer: Answer, folder: Path) -> dict[str, str]:
+    """Draw every figure that has something to show; a PNG each into ``folder``, and the SVG texts by name.
+
+    ``results``, ``savings``, ``validation`` and ``sensitivity`` show all budgets; ``groups-B`` and ``spectra-B`` that
+    of budget ``B``.
+    """
+    draws: dict[str, Callable[[], Any]] = {
+        "results": lambda: _draw_results(comparison, answer),
+        "savings": lambda: _draw_savings(comparison, answer),
+        "validation": lambda: _draw_validation(comparison, answer),
+        "sensitivity": lambda: _draw_sensitivity(comparison),
+    }
+    for budget in answer.arms:
+        draws[f"groups-{budget:g}"] = lambda budget=budget: _draw_groups(comparison, answer, budget)  # type: ignore[misc]
+        draws[f"spectra-{budget:g}"] = lambda budget=budget: _draw_spectra(comparison, budget)  # type: ignore[misc]
+    return save_figures(draws, folder)
+
+
+# How good, how soon ---------------------------------------------------------------------------------------------------
+
+
+def _grouped(comparison: Comparison, answer: Answer, row_of: Callable[[str, ArmAnswer], Row | None]) -> list[Row]:
+    """The rows of every arm, under a header for each budget where there are several."""
+    rows = []
+    for budget, arms in answer.arms.items():
+        of_budget = [row for row in (row_of(name, found) for name, found in arms.items()) if row is not None]
+        if of_budget and len(answer.arms) > 1:
+            rows.append(Row(budget_name(comparison, budget), is_header=True))
+        rows += of_budget
+    return rows
+
+
+def _draw_results(comparison: Comparison, answer: Answer) -> Any:
+    """Left the metric on the test targets, a small dot a seed; right what it is to the control's."""
+    design, look = comparison.design, looks(comparison.design)
+    measured: dict[int, Measured] = {}
+
+    def row_of(name: str, found: ArmAnswer) -> Row:
+        row = Row(name, [[Mark(_main(answer, found).difference)]], look[name].colour)
+        measured[id(row)] = _main(answer, found)
+        return row
+
+    rows = _grouped(comparison, answer, row_of)
+    if not rows:
+        return None
+    has_others = any(known(mark.interval) for row in rows for panel in row.panels for mark in panel)
+    figure, [axes] = subplots(1 + has_others, height=1.0 + 0.36 * len(rows), sharey=True)
+    for place, row in enumerate(rows):
+        if row.is_header:
+            continue
+        values = measured[id(row)]
+        axes[0].plot(values.values, [place] * len(values.values), "|", color=row.colour, ms=12, mew=1.2)
+        axes[0].plot([values.mean], [place], "D", color=row.colour, ms=7, mec="white")
+        axes[0].annotate(
+            f"{values.mean:.4f}", (values.mean, place), (0, 9), textcoords="offset points", ha="center", fontsize=9
+        )
+    axes[0].margins(x=0.12)
+    axes[0].xaxis.set_major_locator(max_ticks(5))
+    axes[0].set_xlabel(f"test {pretty(answer.metric)}: seeds, and their mean")
+    if has_others:
+        label = f"to {short_name(design.control)}, 95 % interval"
+        draw_forest(axes[1:], rows, labels=[label], with_ends=True)
+    axes[0].set_ylim(len(rows) - 0.4, -0.75)
+    label_rows(axes, rows)
+    return figure
+
+
+def _draw_savings(comparison: Comparison, answer: Answer) -> Any:
+    """Steps and seconds that each arm needs less to reach what the control ever reaches."""
+    look = looks(comparison.design)
+
+    def row_of(name: str, found: ArmAnswer) -> Row | None:
+        if not found.targets or name == answer.control:
+            return None
+        panels = [
+            [
+                Mark(getattr(target, key), level_marker(target.level), is_bound=target.num_censored > 0)
+                for target in found.targets
+            ]
+            for key in ("steps_saved", "seconds_saved")
+        ]
+        return Row(name, panels, look[name].colour)
+
+    rows = _grouped(comparison, answer, row_of)
+    if not rows:
+        return None
+    figure, [axes] = subplots(2, height=1.35 + 0.42 * len(rows), sharey=True)
+    control = short_name(answer.control)
+    draw_forest(axes, rows, labels=[f"fewer steps than {control}", f"fewer seconds than {control}"])
+    levels = sorted({t.level for arms in answer.arms.values() for found in arms.values() for t in found.targets})
+    label_rows(axes, rows)
+    handles, names = level_handles(axes[0], levels)
+    figure.legend(handles, names, loc="outside upper left", ncols=3)
+    return figure
+
+
+# Curves ---------------------------------------------------------------------------------------------------------------
+
+
+def common_curves(runs: Sequence[RunResult], *, against: str) -> tuple[np.ndarray, np.ndarray]:
+    """Validation curves at common places, up to where the shortest ends, linear in between.
+
+    Args:
+        runs: with at least one validation each.
+        against: ``curve_step`` or ``curve_seconds``.
+
+    Returns:
+        float64 ``[G]`` places and ``[S, G]`` values.
+    """
+    xs = [np.asarray(getattr(run, against), dtype=np.float64) for run in runs]
+    start, end = max(x[0] for x in xs), min(x[-1] for x in xs)
+    longest = max(xs, key=len)
+    places_G = np.unique(np.clip(longest, start, end)) if end >= start else longest[:1]
+    return places_G, np.stack([np.interp(places_G, x, run.curve_value) for x, run in zip(xs, runs, strict=True)])
+
+
+def target_value(comparison: Comparison, budget: float) -> float | None:
+    """Mean over the control's seeds of the best median of three successive validations; None without any."""
+    bests = []
+    for run in comparison.finals(comparison.design.control, budget):
+        if len(run.curve_value) >= 3:
+            medians = np.median(np.lib.stride_tricks.sliding_window_view(run.curve_value, 3), axis=1)
+            bests.append(medians.max() if comparison.design.higher_is_better else medians.min())
+    return float(np.mean(bests)) if bests else None
+
+
+def _draw_validation(comparison: Comparison, answer: Answer) -> Any:
+    """A row for each budget; against steps and against seconds, the band from the worst seed to the best."""
+    budgets = [b for b in comparison.design.budgets if any(_curves(comparison, arm, b) for arm in comparison.arms)]
+    if not budgets:
+        return None
+    figure, axes = subplots(2, rows=len(budgets), height=0.5 + 2.9 * len(budgets), sharey="row")
+    handles = {}
+    for row, budget in zip(axes, budgets, strict=True):
+        ends, early = [], []
+        for axis, against in zip(row, ("curve_step", "curve_seconds"), strict=True):
+            for arm in comparison.arms:
+                runs = _curves(comparison, arm, budget)
+                if not runs:
+                    continue
+                look = looks(comparison.design)[arm]
+                x_G, y_SG = common_curves(runs, against=against)
+                axis.fill_between(x_G, y_SG.min(0), y_SG.max(0), color=look.colour, alpha=0.2, linewidth=0)
+                axis.plot(x_G, y_SG.mean(0), color=look.colour)
+                handles[arm] = axis.plot([], [], color=look.colour, marker=look.marker, ms=7, mec="white")[0]
+                ends += [y_SG.min(0)[-1], y_SG.max(), y_SG.min()]
+                early.append(float(np.interp(0.2 * x_G[-1], x_G, y_SG.mean(0))))
+            axis.set_xlim(left=0)
+            axis.xaxis.set_major_locator(max_ticks(6, whole=against == "curve_step"))
+            axis.xaxis.set_major_formatter(_in_thousands)
+        _target_lines(row, comparison, answer, budget)
+        _set_limits(row[0], ends, early, higher_is_better=comparison.design.higher_is_better)
+        row[0].set_ylabel(f"validation {pretty(answer.metric)}")
+        row[0].set_title(budget_name(comparison, budget))
+    axes[-1][0].set_xlabel("training step")
+    axes[-1][1].set_xlabel("seconds of training")
+    figure.legend(handles.values(), [short_name(name) for name in handles], loc="outside upper left", ncols=4)
+    return figure
+
+
+def _in_thousands(number: float, _: int) -> str:
+    return f"{number:,.10g}"
+
+
+def _curves(comparison: Comparison, arm: str, budget: float) -> list[RunResult]:
+    return [run for run in comparison.finals(arm, budget) if run.curve_value]
+
+
+def _target_lines(row: Sequence[Any], comparison: Comparison, answer: Answer, budget: float) -> None:
+    """The two targets, and a marker where each arm reaches them on average, hollow where a seed never does."""
+    target = target_value(comparison, budget)
+    if target is None:
+        return
+    levels = {t.level for found in answer.arms.get(budget, {}).values() for t in found.targets} or {1.0}
+    for axis, key in zip(row, ("steps", "seconds"), strict=True):
+        for level in sorted(levels):
+            axis.axhline(level * target, color=GREY, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
+        for name, found in answer.arms.get(budget, {}).items():
+            look = looks(comparison.design)[name]
+            for reaching in found.targets:
+                if reaching.num_censored < len(reaching.reached):
+                    axis.plot(
+                        [float(np.mean([getattr(one, key) for one in reaching.reached]))],
+                        [reaching.level * target],
+                        marker=look.marker,
+                        markersize=7,
+                        color=look.colour,
+                        markerfacecolor="white" if reaching.num_censored else look.colour,
+                        markeredgecolor=look.colour if reaching.num_censored else "white",
+                        zorder=5,
+                    )
+    row[0].annotate(
+        f"best of {short_name(comparison.design.control)}"
+        + (f" and {100 * min(levels):.0f} % of it" if len(levels) > 1 else ""),
+        (0.015, max(levels) * target),
+        (0, 3),
+        xycoords=("axes fraction", "data"),
+        textcoords="offset points",
+        fontsize=9,
+    )
+
+
+def _set_limits(axis: Any, ends: Sequence[float], early: Sequence[float], *, higher_is_better: bool) -> None:
+    """Leave out the first fifth of the climb, which would flatten where the arms part."""
+    finite = [value for value in ends if math.isfinite(value)]
+    if not finite:
+        return
+    if higher_is_better:
+        low, high = min(early), max(finite)
+    else:
+        low, high = min(finite), max(early)
+    margin = 0.08 * ((high - low) or abs(high) or 1.0)
+    axis.set_ylim(low - margin, high + 1.5 * margin)
+
+
+# Learning rates -------------------------------------------------------------------------------------------------------
+
+
+def rate_panels(design: Design) -> dict[str, dict[str, str]]:
+    """The tuned rates, each with the rate that every arm has in its place.
+
+    An arm whose one rate sets what others tune apart appears in each of their panels.
+    """
+    settings: dict[str, set[str]] = {}
+    for arm in design.arms:
+        for name in arm.grids:
+            settings.setdefault(name, set()).update(arm.rate_settings.get(name, ()))
+    narrow = {
+        name
+        for name, wide in settings.items()
+        if not (wide and wide <= set().union(*(s for other, s in settings.items() if other != name and s < wide)))
+    }
+    panels = {}
+    for name in settings:
+        if name in narrow:
+            panels[name] = {
+                arm.name: rate
+                for arm in design.arms
+                for rate in arm.grids
+                if rate == name or (name not in arm.grids and settings[name] & set(arm.rate_settings.get(rate, ())))
+            }
+    return panels
+
+
+def _draw_sensitivity(comparison: Comparison) -> Any:
+    """Every trial, and the best of each arm at each value of one rate, whatever the other rates were."""
+    design, look = comparison.design, looks(comparison.design)
+    panels = {
+        name: rates for name, rates in rate_panels(design).items() if any(comparison.trials(arm) for arm in rates)
+    }
+    done = [run for run in comparison.current if run.stage == "tune" and _is_done(run, design)]
+    if not panels or not done:
+        return None
+    figure, [axes] = subplots(len(panels), height=3.5, sharey=True)
+    sign = 1.0 if design.higher_is_better else -1.0
+    values = np.array([run.valid[design.metric] for run in done])
+    # A rate far off the mark would flatten the rest: it is named at the edge.
+    best, typical = sign * (sign * values).max(), float(np.median(values))
+    floor = best - sign * max(2.5 * abs(best - typical), 0.02 * abs(best))
+    worst = sign * max((sign * values).min(), sign * floor)
+    margin = 0.08 * abs(best - worst) or 0.05 * abs(best) or 1.0
+    edge = worst - sign * 1.2 * margin
+    handles = {}
+    for axis, (name, rates) in zip(axes, panels.items(), strict=True):
+        for arm, rate in rates.items():
+            trials = [run for run in comparison.trials(arm) if rate in run.rates]
+            colour, marker = look[arm].colour, look[arm].marker
+            tops: dict[float, float] = {}
+            for run in trials:
+                x = run.rates[rate]
+                if not _is_done(run, design):
+                    axis.plot([x], [edge], marker="x", color=colour, markersize=7, clip_on=False)
+                    continue
+                value = run.valid[design.metric]
+                tops[x] = value if x not in tops else sign * max(sign * tops[x], sign * value)
+                if sign * value < sign * worst:
+                    axis.plot([x], [edge], marker="v" if sign > 0 else "^", color=colour, markersize=5, clip_on=False)
+                else:
+                    axis.plot([x], [value], marker=marker, color=colour, alpha=0.4, markersize=4.5, linewidth=0)
+            xs = sorted(tops)
+            if xs:
+                handles[arm] = axis.plot(xs, [tops[x] for x in xs], color=colour, marker=marker, markersize=7)[0]
+        axis.set_xscale("log")
+        axis.set_xlabel(f"learning rate: {name}")
+        axis.minorticks_off()
+        tried = sorted(
+            {run.rates[rate] for arm, rate in rates.items() for run in comparison.trials(arm) if rate in run.rates}
+        )
+        if tried:
+            axis.set_xticks(tried, _spaced(tried))
+            axis.set_xlim(tried[0] / 1.6, tried[-1] * 1.6)
+    axes[0].set_ylim(*sorted((edge, best + sign * margin)))
+    axes[0].set_ylabel(f"best validation {pretty(design.metric)}")
+    figure.legend(handles.values(), [short_name(name) for name in handles], loc="outside upper left", ncols=4)
+    return figure
+
+
+def _spaced(ticks: Sequence[float]) -> list[str]:
+    """Labels of rising ticks on a logarithmic axis, but for those that would touch the one before."""
+    labels, last = [], 0.0
+    for tick in ticks:
+        is_free = tick > last * (ticks[-1] / ticks[0]) ** 0.17
+        labels.append(f"{tick:g}" if is_free else "")
+        last = tick if is_free else last
+    return labels
+
+
+def _is_done(run: RunResult, design: Design) -> bool:
+    return run.status == "done" and math.isfinite(run.valid.get(design.metric, math.nan))
+
+
+# Parts of the targets -------------------------------------------------------------------------------------------------
+
+
+def _draw_groups(comparison: Comparison, answer: Answer, budget: float) -> Any:
+    """Above the metric in each part of the test targets, below what it is to the control's there."""
+    arms = answer.arms[budget]
+    breakdowns = {
+        name: list(dict.fromkeys(group.label for found in arms.values() for group in found.groups.get(name, [])))
+        for name in dict.fromkeys(name for found in arms.values() for name in found.groups)
+    }
+    breakdowns = {name: labels for name, labels in breakdowns.items() if labels}
+    if not breakdowns:
+        return None
+    others = [name for name in arms if name != answer.control]
+    figure, axes = subplots(
+        len(breakdowns), rows=2 if others else 1, height=5.6 if others else 3.0, sharey="row", sharex="col"
+    )
+    handles = {}
+    for column, (breakdown, labels) in enumerate(breakdowns.items()):
+        sizes = {g.label: g.num_targets for found in arms.values() for g in found.groups.get(breakdown, [])}
+        for panel, names in enumerate([list(arms), others][: len(axes)]):
+            axis = axes[panel][column]
+            for index, name in enumerate(names):
+                look = looks(comparison.design)[name]
+                shift = 0.6 * ((index + 0.5) / len(names) - 0.5)
+                for group in arms[name].groups.get(breakdown, []):
+                    interval = _of_group(group, relative=panel == 1)
+                    if interval is None:
+                        continue
+                    x = labels.index(group.label) + shift
+                    axis.plot([x, x], [interval.low, interval.high], color=look.colour, linewidth=1.6)
+                    handles[name] = axis.plot([x], [interval.mean], look.marker, color=look.colour, markersize=6)[0]
+            axis.grid(visible=False, axis="x")
+            axis.set_xlim(-0.6, len(labels) - 0.4)
+            if panel == 1:
+                axis.axhline(0, color=GREY, linewidth=1)
+                axis.yaxis.set_major_formatter(lambda share, _: percent(share, 0) if share else "0")
+        axes[-1][column].set_xticks(range(len(labels)), [f"{_nicer(label)}\n{sizes[label]:,}" for label in labels])
+        axes[-1][column].set_xlabel(f"{_BREAKDOWNS.get(breakdown, breakdown)}; below: test targets")
+    axes[0][0].set_ylabel(f"test {pretty(answer.metric)}, ± sd")
+    if others:
+        axes[1][0].set_ylabel(f"to {short_name(answer.control)}, 95 % interval")
+    figure.legend(
+        [handles[name] for name in arms if name in handles],
+        [short_name(name) for name in arms if name in handles],
+        loc="outside upper left",
+        ncols=4,
+    )
+    return figure
+
+
+def _of_group(group: Group, *, relative: bool) -> Interval | None:
+    if group.metric is None:
+        return None
+    if relative:
+        return known(group.metric.difference)
+    mean, sd = group.metric.mean, group.metric.sd
+    return Interval(mean, mean - sd, mean + sd)
+
+
+def _nicer(label: str) -> str:
+    """``tail (≤ 5)`` on two lines, so that labels do not meet."""
+    label = label.replace(" (", "\n(").replace("-", "–").replace("<=", "≤").removesuffix(" events")
+    return re.sub(r"([≤>]) *(?=\d)", r"\1 ", label)
+
+
+# Spectra --------------------------------------------------------------------------------------------------------------
+
+
+def _draw_spectra(comparison: Comparison, budget: float) -> Any:
+    """Left the stable rank as a share of the possible over the steps, right the profile of the singular values."""
+    spectra = {
+        arm: [s for run in comparison.finals(arm, budget) for s in run.spectra if math.isfinite(s.stable_rank)]
+        for arm in comparison.arms
+    }
+    spectra = {arm: found for arm, found in spectra.items() if found}
+    if not spectra:
+        return None
+    whats = [what for what in ("update", "weight") if any(s.what == what for found in spectra.values() for s in found)]
+    figure, axes = subplots(2, rows=len(whats), height=0.5 + 2.7 * len(whats), sharex="col")
+    handles = {}
+    for row, what in zip(axes, whats, strict=True):
+        for arm, found in spectra.items():
+            colour = looks(comparison.design)[arm].colour
+            chosen = [s for s in found if s.what == what]
+            if not chosen:
+                continue
+            steps = sorted({s.step for s in chosen})
+            shares = [
+                [100 * s.stable_rank / len(s.singular_values) for s in chosen if s.step == step] for step in steps
+            ]
+            _draw_band(row[0], steps, shares, colour)
+            marker = {"marker": looks(comparison.design)[arm].marker, "ms": 5} if len(steps) <= 12 else {}
+            handles[arm] = row[0].plot(steps, [np.median(share) for share in shares], color=colour, **marker)[0]
+            x_G, y_NG = _profiles([s for s in chosen if s.step == steps[-1]])
+            _draw_band(row[1], x_G, y_NG.T, colour)
+            row[1].plot(x_G, np.median(y_NG, axis=0), color=colour)
+        row[0].set_ylim(bottom=0)
+        row[0].set_xlim(left=0)
+        row[0].set_ylabel("stable rank (% of full rank)")
+        row[0].set_title("what one step adds" if what == "update" else "weights")
+        row[1].set_ylim(-3, 103)
+        row[1].set_ylabel("% of the largest singular value")
+        row[1].set_title(f"{'what one step adds' if what == 'update' else 'weights'}, at the end")
+    axes[-1][0].xaxis.set_major_formatter(_in_thousands)
+    axes[-1][0].xaxis.set_major_locator(max_ticks(6, whole=True))
+    axes[-1][0].set_xlabel("training step")
+    axes[-1][1].set_xlabel("place of the singular value (% of all)")
+    figure.legend(handles.values(), [short_name(name) for name in handles], loc="outside upper left", ncols=4)
+    return figure
+
+
+def _draw_band(axis: Any, x: Sequence[float] | np.ndarray, samples: Iterable[Sequence[float]], colour: str) -> None:
+    quartiles = np.array([np.quantile(sample, [0.25, 0.75]) for sample in samples])
+    axis.fill_between(x, quartiles[:, 0], quartiles[:, 1], color=colour, alpha=0.2, linewidth=0)
+
+
+def _profiles(spectra: Sequence[Spectrum]) -> tuple[np.ndarray, np.ndarray]:
+    """Singular values in percent of the largest, of matrices of any width at the same places: ``[G]``, ``[N, G]``."""
+    x_G = np.linspace(0, 100, 101)
+    rows = []
+    for spectrum in spectra:
+        values = np.asarray(spectrum.singular_values)
+        if len(values) and values[0] > 0:
+            rows.append(np.interp(x_G, np.linspace(0, 100, len(values)), 100 * values / values[0]))
+    return x_G, np.stack(rows) if rows else np.full((1, len(x_G)), np.nan)
+
+
+def _main(answer: Answer, found: ArmAnswer) -> Measured:
+    """The main metric on the test targets, or on validation where the test was of something else."""
+    return found.test.get(answer.metric, found.valid)

@@ -1,0 +1,76 @@
+"""What makes two arms comparable: settings and starts that differ in nothing but what the comparison names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from muonrec.comparison.results import Design, RunResult
+from muonrec.config import flat
+
+
+def matches(path: str, pattern: str) -> bool:
+    """Whether ``pattern`` names the setting at ``path`` or a section that holds it; ``*`` stands for any one part."""
+    parts, wanted = path.split("."), pattern.split(".")
+    return len(parts) >= len(wanted) and all(want in ("*", part) for want, part in zip(wanted, parts, strict=False))
+
+
+def differences(control: Mapping[str, Any], arm: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """The settings in which two resolved configs differ, by path: the control's value and the arm's, None for none."""
+    ours, theirs = flat(control), flat(arm)
+    paths = [*ours, *(path for path in theirs if path not in ours)]
+    return {path: (ours.get(path), theirs.get(path)) for path in paths if ours.get(path) != theirs.get(path)}
+
+
+def check_settings(
+    name: str, arm: Mapping[str, Any], control: Mapping[str, Any], *, named: Sequence[str]
+) -> dict[str, tuple[Any, Any]]:
+    """Refuse an arm that differs from the control in a setting that nobody named.
+
+    Args:
+        name: of the arm.
+        arm, control: resolved configs, every default spelled out.
+        named: patterns of settings that may differ, as in `matches`.
+
+    Returns:
+        The named differences.
+
+    Raises:
+        ValueError: names every other difference.
+    """
+    found = differences(control, arm)
+    unnamed = [path for path in found if not any(matches(path, pattern) for pattern in named)]
+    if unnamed:
+        listed = "; ".join(f"{path} ({found[path][0]!r} and {found[path][1]!r})" for path in unnamed)
+        raise ValueError(
+            f"arm {name!r} differs from the control in {listed}, and so in more than its optimizer; take the override "
+            f"out, or name it: arms.{name}.may_differ"
+        )
+    return found
+
+
+def check_fingerprints(design: Design, runs: Iterable[RunResult]) -> None:
+    """Refuse runs of one seed that did not start alike: initial weights, first batches and order of the data.
+
+    Runs without fingerprints are passed over. What an arm's ``may_differ`` names is not compared.
+
+    Raises:
+        ValueError: names what differs, between whom.
+    """
+    held = [run for run in runs if run.fingerprints]
+    controls = {run.seed: run for run in reversed(held) if run.arm == design.control}
+    for run in held:
+        control = controls.get(run.seed)
+        if control is None:
+            continue
+        may_differ = design.arm(run.arm).may_differ
+        unlike = [
+            f"{name} ({control.fingerprints.get(name)} and {run.fingerprints.get(name)})"
+            for name in sorted(control.fingerprints | run.fingerprints)
+            if control.fingerprints.get(name) != run.fingerprints.get(name) and name not in may_differ
+        ]
+        if unlike:
+            raise ValueError(
+                f"runs {control.run} ({control.arm}) and {run.run} ({run.arm}) of seed {run.seed} did not start alike: "
+                f"they differ in {', '.join(unlike)}; if that is meant, name it in arms.{run.arm}.may_differ"
+            )

@@ -1,0 +1,247 @@
+"""The report of a comparison: one self-contained HTML page with the figures beside it, from its numbers alone."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from muonrec.comparison.figures import FIGURES, budget_name, draw_comparison, looks
+from muonrec.comparison.numbers import Answer, ArmAnswer, Measured, Target
+from muonrec.comparison.results import Arm, Comparison
+from muonrec.metrics import Interval
+from muonrec.page import duration, percent, pretty, short, write_page
+from muonrec.report import REPORT
+
+_MAX_TESTS = 6  # columns of the first table
+
+
+def write_comparison_report(comparison: Comparison, answer: Answer, folder: str | Path) -> Path:
+    """Write ``report.html`` and ``figures/*.png`` into ``folder``; parts without runs are left out.
+
+    Args:
+        comparison: finished or not.
+        answer: to it.
+        folder: existing or not.
+
+    Raises:
+        ImportError: matplotlib or jinja2 is missing.
+    """
+    folder = Path(folder)
+    design = comparison.design
+    figures = draw_comparison(comparison, answer, folder / FIGURES)
+    return write_page(
+        folder / REPORT,
+        "comparison/report.html.j2",
+        title=design.name,
+        control=design.control,
+        metric=pretty(design.metric),
+        verdict=answer.verdict,
+        flags=answer.flags,
+        colours={name: look.colour for name, look in looks(design).items()},
+        quality=_quality(comparison, answer),
+        soon=_soon(comparison, answer),
+        cost=_cost(comparison, answer),
+        budgets=[(f"{budget:g}", budget_name(comparison, budget)) for budget in answer.arms],
+        figures=figures,
+        tuning=_tuning(comparison, answer),
+        protocol=_protocol(comparison),
+        fingerprints=_fingerprints(comparison),
+        facts=json.dumps(design.facts, indent=2, sort_keys=True, default=str) if design.facts else "",
+        runs=_runs(comparison),
+    )
+
+
+# Tables of results: a heading per budget, and cells of a text with a smaller one below -------------------------------
+
+Cell = tuple[str, str]
+
+
+def _table(comparison: Comparison, answer: Answer, columns: Sequence[str], cells: Any) -> dict[str, Any]:
+    """Columns, and for each budget the rows of its arms."""
+    return {
+        "columns": columns,
+        "budgets": [
+            (budget_name(comparison, budget), [(name, cells(found)) for name, found in arms.items()])
+            for budget, arms in answer.arms.items()
+        ],
+    }
+
+
+def _quality(comparison: Comparison, answer: Answer) -> dict[str, Any]:
+    found = [arm for arms in answer.arms.values() for arm in arms.values()]
+    names = list(dict.fromkeys(name for arm in found for name in arm.test))
+    names = sorted(names, key=lambda name: name != answer.metric)[:_MAX_TESTS]
+    columns = ["seeds", *(f"test {pretty(name)}" for name in names), "best validation", "area under the curve"]
+
+    def cells(arm: ArmAnswer) -> list[Cell]:
+        seeds = (str(len(arm.seeds)), f"{arm.num_failed} failed" if arm.num_failed else "")
+        return [seeds, *(_measured(arm.test.get(name)) for name in names), _measured(arm.valid), _measured(arm.area)]
+
+    return _table(comparison, answer, columns, cells)
+
+
+def _soon(comparison: Comparison, answer: Answer) -> dict[str, Any]:
+    levels = sorted({t.level for arms in answer.arms.values() for arm in arms.values() for t in arm.targets})
+    columns = [f"{what} to {100 * level:.0f} %" for level in levels for what in ("steps", "seconds")]
+
+    def cells(arm: ArmAnswer) -> list[Cell]:
+        targets = {target.level: target for target in arm.targets}
+        reached = [_reached(targets.get(level), what) for level in levels for what in ("steps", "seconds")]
+        own = (
+            f"{np.mean(arm.steps_to_own_best):,.0f}" if arm.steps_to_own_best else "–",
+            saved(arm.steps_to_own_best_saved),
+        )
+        return [*reached, own]
+
+    return _table(comparison, answer, [*columns, "steps to own best"], cells)
+
+
+def _cost(comparison: Comparison, answer: Answer) -> dict[str, Any]:
+    def cells(arm: ArmAnswer) -> list[Cell]:
+        return [
+            (duration(arm.seconds) if arm.seconds else "–", ""),
+            (f"{arm.events_per_s:,.0f}" if arm.events_per_s else "–", ""),
+            (f"{100 * arm.optimizer_share:.1f} %" if arm.optimizer_share else "–", ""),
+            (f"{arm.peak_memory_bytes / 2**30:.2f} GiB" if arm.peak_memory_bytes else "–", ""),
+        ]
+
+    columns = ["training time", "events/s", "dense optimizer's share of it", "peak memory of a rank"]
+    return _table(comparison, answer, columns, cells)
+
+
+def _measured(value: Measured | None) -> Cell:
+    if value is None or not math.isfinite(value.mean):
+        return "–", ""
+    text = f"{value.mean:.4f}" + (f" ± {value.sd:.4f}" if len(value.values) > 1 else "")
+    return text, relative(value.difference)
+
+
+def relative(interval: Interval | None) -> str:
+    """``+5.1 % (+3.2 to +7.0)``; empty for none."""
+    if interval is None or not math.isfinite(interval.mean):
+        return ""
+    if not math.isfinite(interval.low) or not math.isfinite(interval.high):
+        return f"{percent(interval.mean)}, no interval"
+    ends = [percent(end).removesuffix(" %") for end in (interval.low, interval.high)]
+    return f"{percent(interval.mean)} ({ends[0]} to {ends[1]})"
+
+
+def saved(interval: Interval | None) -> str:
+    """A saving as what is added: ``−32.4 % (−40.1 to −20.0)``."""
+    return "" if interval is None else relative(Interval(-interval.mean, -interval.high, -interval.low))
+
+
+def _reached(target: Target | None, what: str) -> Cell:
+    """Mean over the seeds; ``> N`` where one of them never gets there, since its last evaluation counts then."""
+    if target is None or not target.reached:
+        return "–", ""
+    mean = float(np.mean([getattr(one, what) for one in target.reached]))
+    text = f"{'> ' if target.num_censored else ''}{mean:,.0f}"
+    fewer = saved(target.steps_saved if what == "steps" else target.seconds_saved)
+    if not target.num_censored:
+        return text, fewer
+    never = f"{target.num_censored} of {len(target.reached)} seeds never"
+    return text, never if target.num_censored == len(target.reached) or not fewer else f"{fewer}; {never}"
+
+
+# Protocol -------------------------------------------------------------------------------------------------------------
+
+
+def _tuning(comparison: Comparison, answer: Answer) -> list[dict[str, Any]]:
+    """Per arm its trials and, for each rate, what was tuned, what was tried, and which settings it is."""
+    rows = []
+    for arm in comparison.design.arms:
+        trials = comparison.trials(arm.name)
+        best = comparison.best_trial(arm.name)
+        final = next((arms[arm.name].rates for arms in answer.arms.values() if arm.name in arms), {})
+        rates = final or (best.rates if best is not None else {})
+        rows.append(
+            {
+                "name": arm.name,
+                "trials": f"{len(trials)}",
+                "lost": sum(run.status != "done" for run in trials),
+                "best": f"{best.valid[comparison.design.metric]:.4f}" if best is not None else "–",
+                "rates": [_rate(arm, name, rates.get(name)) for name in dict.fromkeys([*arm.grids, *rates])],
+            }
+        )
+    return rows
+
+
+def _rate(arm: Arm, name: str, value: float | None) -> dict[str, Any]:
+    grid = arm.grids.get(name, ())
+    return {
+        "name": name,
+        "value": "–" if value is None else f"{value:g}",
+        "at_edge": bool(len(grid) > 1 and value in (grid[0], grid[-1])),
+        "grid": ", ".join(f"{tried:g}" for tried in grid),
+        "settings": ", ".join(arm.rate_settings.get(name, ())),
+    }
+
+
+def _protocol(comparison: Comparison) -> dict[str, Any]:
+    design = comparison.design
+    sources = sorted({run.sources_hash for run in comparison.current if run.sources_hash})
+    arms = [
+        {
+            "name": arm.name,
+            "overrides": [f"{key}={short(value)}" for key, value in arm.overrides.items()],
+            "may_differ": list(arm.may_differ),
+            "also_differs": list(arm.also_differs),
+        }
+        for arm in design.arms
+    ]
+    return {
+        "trials": design.trials,
+        "seeds": ", ".join(map(str, design.seeds)),
+        "budgets": ", ".join(budget_name(comparison, budget) for budget in design.budgets),
+        "arms": arms,
+        "sources": sources,
+        "devices": sorted({run.device for run in comparison.current if run.device}),
+    }
+
+
+def _fingerprints(comparison: Comparison) -> dict[str, Any]:
+    """What the runs of each seed started from: by name a hash for each seed, or which arms started from what."""
+    held = [run for run in comparison.current if run.stage == "final" and run.fingerprints]
+    seeds = sorted({run.seed for run in held})
+    rows = []
+    for name in sorted({name for run in held for name in run.fingerprints}):
+        cells = []
+        for seed in seeds:
+            arms: dict[str, dict[str, None]] = {}
+            for run in held:
+                if run.seed == seed and name in run.fingerprints:
+                    arms.setdefault(run.fingerprints[name], {})[run.arm] = None
+            cells.append({value: ", ".join(names) for value, names in arms.items()})
+        rows.append((name.replace("_", " "), cells))
+    return {"seeds": seeds, "rows": rows, "are_equal": all(len(cell) <= 1 for _, cells in rows for cell in cells)}
+
+
+def _runs(comparison: Comparison) -> list[list[str]]:
+    metric = comparison.design.metric
+    return [
+        [
+            run.arm,
+            "trial" if run.stage == "tune" else "final",
+            f"{run.budget:g}",
+            str(run.seed),
+            "–" if run.trial is None else str(run.trial),
+            ", ".join(f"{name} {value:g}" for name, value in run.rates.items()),
+            ("superseded, " if run.superseded else "") + run.status + (f": {short(run.fault)}" if run.fault else ""),
+            _number(run.valid, metric),
+            _number(run.test, metric),
+            f"{run.best_step:,}" if run.best_step else "–",
+            duration(run.seconds) if run.seconds else "–",
+            run.run,
+        ]
+        for run in comparison.runs
+    ]
+
+
+def _number(values: Mapping[str, float], name: str) -> str:
+    return f"{values[name]:.4f}" if name in values else "–"

@@ -1,0 +1,257 @@
+"""The compare stage: arms under one protocol -> results.parquet, report.html; `python -m pipeline.compare CONFIG`."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, model_validator
+from rich.console import Console
+from rich.table import Table
+
+from muonrec.comparison.aggregate import aggregated
+from muonrec.comparison.aggregate_report import write_aggregate_report
+from muonrec.comparison.answer import answer
+from muonrec.comparison.numbers import Answer
+from muonrec.comparison.report import write_comparison_report
+from muonrec.comparison.results import Comparison, read_comparison
+from muonrec.comparison.tuning import final_runs, tune
+from muonrec.comparison.verdict import shown
+from muonrec.config import Config, describe, load_config
+from muonrec.runlog import configure_logging, run_stage
+from pipeline.compared_runs import Runs
+
+logger = logging.getLogger(__name__)
+
+# Rates of AdamW, and of Muon with match_rms_adamw, whose updates are of AdamW's size.
+_DENSE = [3e-4, 1e-3, 3e-3, 1e-2]
+_REST = [3e-4, 1e-3, 3e-3]
+_TABLES = [0.05, 0.1, 0.2, 0.4, 0.8]  # row-wise Adagrad, which divides by a growing sum
+_ONE_RATE = [1e-4, 1.8e-4, 3e-4, 5.6e-4, 1e-3, 1.8e-3, 3e-3, 5.6e-3, 1e-2, 1.8e-2, 3e-2, 5.6e-2]
+
+Rates = Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=1)]
+
+
+class ArmConfig(Config):
+    """One arm: overrides of the experiment, and which of its rates are tuned.
+
+    Attributes:
+        overrides: by path, such as ``{dense_optimizer: muon, dense_optimizer.ns_steps: 6}``; a ``*`` is any name.
+        may_differ: settings, or sections of them, in which the arm may differ from the control beside the tuned rates.
+            Any other difference stops the comparison. Also ``initial_state``, ``first_batches``, ``epoch_order``.
+        rates: the settings that each tuned rate sets, by the name of the rate.
+        grids: values tried of a rate, in place of those of the comparison.
+    """
+
+    overrides: dict[str, Any] = {}
+    may_differ: list[str] = ["dense_optimizer"]
+    rates: dict[str, list[str]] = {
+        "dense": ["dense_optimizer.lr"],
+        "rest": ["adamw.lr"],
+        "tables": ["tables.*.lr"],
+    }
+    grids: dict[str, Rates] = {}
+
+
+def _default_arms() -> dict[str, ArmConfig]:
+    return {
+        # What recommender code does today; it differs in the sparse optimizer, too.
+        "one-rate": ArmConfig(
+            overrides={"dense_optimizer": "adamw", "tables.*.optimizer": "partial_rowwise_adam"},
+            may_differ=["dense_optimizer", "tables.*.optimizer"],
+            rates={"one": ["dense_optimizer.lr", "adamw.lr", "tables.*.lr"]},
+            grids={"one": _ONE_RATE},
+        ),
+        "control": ArmConfig(overrides={"dense_optimizer": "adamw"}),
+        "muon": ArmConfig(overrides={"dense_optimizer": "muon"}),
+    }
+
+
+class CompareConfig(Config):
+    """What is compared, and how.
+
+    Attributes:
+        output: folder of the comparison: ``results.parquet`` and ``targets.parquet``, to be kept, ``report.html``,
+            ``figures/`` and ``runs/``.
+        train: the experiment: path of its YAML, or the settings themselves.
+        overrides: of the experiment, for every arm; sections are merged, so that ``overrides.data.source.path=FILE``
+            sets that alone.
+        arms: in the order of tables and legends.
+        control: the arm that the others are held against.
+        grids: values tried of each tuned rate.
+        trials: of each arm.
+        tuning_seed: of the search and of its runs.
+        seeds: of the final runs; not the tuning's, which its rates would suit.
+        budgets: fractions of the experiment's steps; each is a run with a full schedule of its own.
+        evaluate_every: fraction of a run's steps between two validations.
+        validation_users: whom a run is validated on; null: everybody.
+        max_extensions: how often a grid whose end is best is extended by a value, for every arm.
+        popularity_bounds: tail, middle and head: training events of the held-out item.
+        length_bounds: of the breakdown by events of the history.
+        ranks: of each run.
+        parallel_runs: at once; null: as many as devices, or else cores, allow.
+        tries: of a run that fails; it goes on from its last checkpoint.
+        keep_checkpoints: of runs that are done.
+        accept_sources: hashes of earlier sources whose runs count as if made with these.
+    """
+
+    output: Path
+    train: Path | dict[str, Any]
+    overrides: dict[str, Any] = {}
+    arms: dict[str, ArmConfig] = Field(default_factory=_default_arms)
+    control: str = "control"
+    grids: dict[str, Rates] = {"dense": _DENSE, "rest": _REST, "tables": _TABLES}
+    trials: int = Field(default=12, ge=1)
+    tuning_seed: int = Field(default=0, ge=0)
+    seeds: Annotated[list[int], Field(min_length=1)] = [1, 2, 3, 4, 5]
+    budgets: Annotated[list[Annotated[float, Field(gt=0, le=1)]], Field(min_length=1)] = [1.0]
+    evaluate_every: float = Field(default=0.02, gt=0, le=0.02)
+    validation_users: int | None = Field(default=5000, ge=1)
+    max_extensions: int = Field(default=2, ge=0)
+    popularity_bounds: list[int] = [5, 20]
+    length_bounds: list[int] = [5, 10, 20]
+    ranks: int = Field(default=1, ge=1)
+    parallel_runs: int | None = Field(default=None, ge=1)
+    tries: int = Field(default=2, ge=1)
+    keep_checkpoints: bool = False
+    accept_sources: list[str] = []
+
+    @model_validator(mode="after")
+    def _that_fits_together(self) -> CompareConfig:
+        if self.control not in self.arms:
+            raise ValueError(f"control {self.control!r} is none of the arms: {', '.join(self.arms)}")
+        for name, arm in self.arms.items():
+            if missing := [rate for rate in arm.rates if rate not in {**self.grids, **arm.grids}]:
+                raise ValueError(f"arms.{name} tunes {', '.join(missing)}, but there is no such grid; add it to grids")
+        return self
+
+
+_EPILOG = """\
+The runs are a queue on disk. The same command again goes on where it stopped, here or, with results.parquet, on
+another machine; a finished run is not repeated unless its settings or the sources that training reads have changed, so
+adding an arm, a seed or a budget runs just those.
+
+examples:
+  python -m pipeline.data configs/demo/sasrec.yaml && python -m pipeline.compare configs/compare/demo.yaml
+  python -m pipeline.compare configs/compare/demo.yaml 'seeds=[1,2,3]' parallel_runs=2
+  python -m pipeline.compare --report out/compare/demo   # of what is there so far
+  python -m pipeline.compare --aggregate out/compare/demo out/compare/amazon-beauty-sasrec
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the stage; returns the exit status: 1 where runs have failed, 130 after Ctrl-C or SIGTERM."""
+    parser = argparse.ArgumentParser(
+        prog="python -m pipeline.compare",
+        description="Does a dense optimizer pay over another? Tune each arm alike, run the seeds, say how sure it is.",
+        epilog=f"settings and their defaults:\n{describe(CompareConfig, leave_out=('arms',))}\n\n{_EPILOG}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("config", nargs="?", help="YAML file of the comparison, such as configs/compare/demo.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings, see below")
+    parser.add_argument("--aggregate", nargs="+", metavar="FOLDER", help="means over finished comparisons instead")
+    parser.add_argument("--to", default="out/compare", metavar="FOLDER", help="of the report of --aggregate")
+    parser.add_argument("--report", metavar="FOLDER", help="only write the report of this comparison again")
+    options = parser.parse_intermixed_args(arguments)
+    configure_logging()
+    if options.aggregate:
+        return run_stage(lambda: aggregate(options.aggregate, to=options.to))
+    if options.report:
+        return run_stage(lambda: report(read_comparison(options.report), options.report))
+    if options.config is None:
+        parser.error("give the YAML file of a comparison, such as configs/compare/demo.yaml, or --aggregate FOLDER ...")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    return run_stage(lambda: compare(load_config(CompareConfig, options.config, options.overrides)))
+
+
+def compare(config: CompareConfig, python: Sequence[str] = (sys.executable, "-m")) -> Comparison:
+    """Carry out the comparison, or what is left of it, and say what it shows.
+
+    Args:
+        config: of the comparison.
+        python: starts a module of this repository; its name and arguments follow.
+
+    Raises:
+        ValueError: the config, or two arms differ in what they must not, or runs have failed; the others are done.
+    """
+    runs = Runs(config, python)
+    with runs.progress:
+        design, rates = tune(runs.design, runs.execute, seed=config.tuning_seed, max_extensions=config.max_extensions)
+        runs.execute(design, final_runs(design, rates))
+    comparison = runs.comparison
+    report(comparison, config.output)
+    if failed := [run for run in comparison.current if run.status == "failed"]:
+        faults = "\n".join(f"{runs.folder(run.run)}: {run.fault}" for run in failed[:3])
+        raise ValueError(
+            f"{len(failed)} of {len(comparison.current)} runs have failed; start the same command again to try them "
+            f"again. The first of them:\n{faults}"
+        )
+    return comparison
+
+
+def report(comparison: Comparison, folder: str | Path) -> None:
+    """Print what a comparison shows, and write ``report.html`` and its figures into ``folder``."""
+    found = answer(comparison)
+    print_answer(comparison.design.name, found)
+    logger.info("report: %s", write_comparison_report(comparison, found, folder))
+
+
+def aggregate(folders: Sequence[str], *, to: str | Path) -> None:
+    """Print the mean over several comparisons of what an arm gains over the control, and write it as a page."""
+    comparisons = [read_comparison(folder) for folder in folders]
+    found = aggregated(comparisons)
+    table = Table(title=f"means over {len(folders)} comparisons, full budget", title_justify="left")
+    for heading in ("arm", "NDCG@10 more", "steps fewer to 99 %", "to 100 %", "never reach 99 %, 100 %"):
+        table.add_column(heading)
+    for total in found:
+        never = ", ".join(f"{count} of {total.num_pairs}" for count in total.num_censored)
+        table.add_row(total.arm, shown(total.metric), *(shown(interval) for interval in total.steps_saved), never)
+    Console().print(table)
+    logger.info("report: %s", write_aggregate_report([(one, answer(one)) for one in comparisons], found, to))
+
+
+def print_answer(name: str, found: Answer) -> None:
+    """Show the arms beside each other, what a reader must know, and the verdict."""
+    metric = found.metric
+    for budget, arms in found.arms.items():
+        table = Table(title=f"{name}, budget {budget:g}", title_justify="left")
+        columns = (
+            "arm",
+            "rates",
+            f"test {metric}",
+            "to the control",
+            "steps to 99 %",
+            "events/s",
+            "optimizer",
+            "memory",
+        )
+        for heading in columns:
+            table.add_column(heading)
+        for arm in arms.values():
+            value = arm.test.get(metric)
+            target = arm.targets[0] if arm.targets else None
+            table.add_row(
+                arm.arm,
+                "" if value is None else f"{value.mean:.4f} ± {value.sd:.4f}",
+                "" if value is None or value.difference is None else shown(value.difference),
+                "" if target is None else ", ".join(f"{'>' * r.is_censored}{r.steps:,}" for r in target.reached),
+                f"{arm.events_per_s:,.0f}",
+                f"{arm.optimizer_share:.0%}",
+                f"{arm.peak_memory_bytes / 2**20:,.0f} MiB",
+                style="bold" if arm.arm == found.control else None,
+            )
+        Console().print(table)
+    for arm in next(iter(found.arms.values()), {}).values():
+        Console().print(f"{arm.arm}: {', '.join(f'{rate} {value:g}' for rate, value in arm.rates.items())}")
+    for flag in found.flags:
+        logger.warning("%s", flag)
+    Console().print(found.verdict)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

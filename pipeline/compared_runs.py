@@ -1,0 +1,318 @@
+"""The runs of a comparison: the settings of each, its folder, what is known of it, and the queue that trains it."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from muonrec.comparison.collect import collect
+from muonrec.comparison.protocol import check_fingerprints, check_settings, matches
+from muonrec.comparison.queue import QUEUE_STATE, Ended, Job, Queue, slots
+from muonrec.comparison.results import (
+    RESULTS,
+    TARGETS,
+    Arm,
+    Comparison,
+    Design,
+    RunResult,
+    read_comparison,
+    write_results,
+    write_targets,
+)
+from muonrec.comparison.sources import sources_hash
+from muonrec.comparison.tuning import Asked
+from muonrec.config import flat, parse_config, read_yaml, set_at, to_yaml
+from muonrec.data.shards import load_sequences
+from muonrec.mesh import Ranks
+from muonrec.report import METRICS
+from muonrec.runlog import Progress
+from pipeline.data import check_same_data
+from pipeline.train import TrainConfig, make_loader
+
+if TYPE_CHECKING:
+    from pipeline.compare import CompareConfig
+
+logger = logging.getLogger(__name__)
+
+ROOT = Path(__file__).resolve().parents[1]
+# What changes where or how often a run writes, and not what it learns; the data set counts by its fingerprint.
+_NOT_LEARNED = {
+    "output",
+    "data",
+    "tensorboard",
+    "log_every_steps",
+    "checkpoints",
+    "fingerprints",
+    "spectra_every_steps",
+}
+# Of the first seed's final runs.
+_SPECTRA_PER_RUN = 10
+_METRIC = "ndcg@10"
+
+
+class Experiment:
+    """The settings of every run of a comparison.
+
+    Args:
+        config: of the comparison.
+
+    Raises:
+        ValueError: a setting, or the data set, is not as it must be; or an arm differs from the control in more than it
+            names.
+    """
+
+    def __init__(self, config: CompareConfig) -> None:
+        self._config = config
+        tree = read_yaml(config.train) if isinstance(config.train, Path) else copy.deepcopy(config.train)
+        for path, value in flat(config.overrides).items():
+            set_at(tree, path, value)
+        tree["output"] = str(config.output)
+        base = parse_config(TrainConfig, tree, source="section train", prefix="train.")
+        self._tree = base.model_dump(mode="json")  # so that an arm may override what stands at its default
+        sequences = load_sequences(base.data.output)
+        check_same_data(base.data, sequences.manifest)
+        self.fingerprint = sequences.manifest.fingerprint
+        alone = Ranks(0, 1, torch.device("cpu"))
+        steps_per_epoch = -(-make_loader(base, sequences, alone).steps_per_epoch // base.accumulate_steps)
+        self.num_steps = base.num_steps or (base.num_epochs or 0) * steps_per_epoch
+        self.sources_hash = sources_hash(ROOT, "pipeline.train", ("muonrec", "pipeline"))
+        self.design = self._design()
+
+    def settings(self, asked: Asked, output: Path) -> TrainConfig:
+        """The resolved config of a run that writes to ``output``."""
+        config, arm = self._config, self._config.arms[asked.arm]
+        tree = copy.deepcopy(self._tree)
+        for path, value in arm.overrides.items():
+            set_at(tree, path, copy.deepcopy(value))
+        for name, rate in asked.rates.items():
+            for path in arm.rates[name]:
+                set_at(tree, path, rate)
+        num_steps = self.steps(asked.budget)
+        tree |= {"output": str(output), "seed": asked.seed, "num_steps": num_steps, "num_epochs": None}
+        tree |= {"tensorboard": False, "fingerprints": True}
+        if asked.stage == "final" and asked.seed == config.seeds[0]:
+            tree["spectra_every_steps"] = max(num_steps // _SPECTRA_PER_RUN, 1)
+        set_at(tree, "validation.every_steps", max(int(config.evaluate_every * num_steps), 1))
+        set_at(tree, "validation.max_users", config.validation_users)
+        return parse_config(TrainConfig, tree, source=f"arm {asked.arm}")
+
+    def steps(self, budget: float) -> int:
+        """The steps of a run."""
+        return max(round(budget * self.num_steps), 1)
+
+    def config_hash(self, settings: TrainConfig) -> str:
+        """Hash of what a run learns: its settings but those that only say where it writes, and the data."""
+        tree = settings.model_dump(mode="json", exclude=_NOT_LEARNED)
+        text = json.dumps({**tree, "data": self.fingerprint}, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    def _design(self) -> Design:
+        config = self._config
+        arms = {
+            name: Arm(
+                name,
+                overrides=arm.overrides,
+                may_differ=tuple(arm.may_differ),
+                grids={rate: tuple({**config.grids, **arm.grids}[rate]) for rate in arm.rates},
+                rate_settings={rate: tuple(paths) for rate, paths in arm.rates.items()},
+            )
+            for name, arm in config.arms.items()
+        }
+        trees = {name: self._resolved(arm) for name, arm in arms.items()}
+        tuned = {name: [path for paths in arm.rate_settings.values() for path in paths] for name, arm in arms.items()}
+        for name, arm in list(arms.items()):
+            rates = [*tuned[name], *tuned[config.control]]
+            found = check_settings(name, trees[name], trees[config.control], named=[*arm.may_differ, *rates])
+            known = ("dense_optimizer", *rates)
+            also = [path for path in found if not any(matches(path, pattern) for pattern in known)]
+            arms[name] = dataclasses.replace(arm, also_differs=tuple(also))
+        return Design(
+            name=config.output.resolve().name,
+            arms=tuple(arms.values()),
+            control=config.control,
+            metric=_METRIC,
+            trials=config.trials,
+            seeds=tuple(config.seeds),
+            budgets=tuple(sorted(config.budgets, reverse=True)),
+            popularity_bounds=tuple(config.popularity_bounds),
+            length_bounds=tuple(config.length_bounds),
+            facts={
+                "config": config.model_dump(mode="json"),
+                "train": trees[config.control],
+                "num_steps": self.num_steps,
+                "fingerprint": self.fingerprint,
+                "sources_hash": self.sources_hash,
+                "torch": torch.__version__,
+            },
+        )
+
+    def _resolved(self, arm: Arm) -> dict[str, Any]:
+        """The arm's settings at the middle of its grids."""
+        rates = {name: values[len(values) // 2] for name, values in arm.grids.items()}
+        asked = Asked(arm.name, "final", 1.0, 0, None, rates)
+        return self.settings(asked, self._config.output).model_dump(mode="json")
+
+
+class Runs:
+    """Carries out what a comparison asks for, and keeps ``results.parquet`` up to date.
+
+    Args:
+        config: of the comparison.
+        python: starts a module of this repository; its name and arguments follow.
+
+    Raises:
+        ValueError: as `Experiment`, or ``results.parquet`` in the output is damaged.
+    """
+
+    def __init__(self, config: CompareConfig, python: Sequence[str] = (sys.executable, "-m")) -> None:
+        self._config = config
+        self._experiment = Experiment(config)
+        self._python = tuple(python)
+        self.design = self._experiment.design
+        earlier = read_comparison(config.output) if (config.output / RESULTS).is_file() else None
+        # What the design does not ask for any more is kept, and is no part of the answer.
+        self._results = (
+            {_identity(run): dataclasses.replace(run, superseded=True) for run in earlier.runs} if earlier else {}
+        )
+        self._targets = earlier.targets if earlier else None
+        steps = [self._experiment.num_steps] * self.design.trials
+        steps += [self._experiment.steps(budget) for budget in self.design.budgets for _ in self.design.seeds]
+        self.progress = Progress("compare", "steps", total=sum(steps) * len(self.design.arms))
+        self._slots = slots(
+            config.parallel_runs, ranks=config.ranks, devices=torch.cuda.device_count(), cores=os.cpu_count() or 1
+        )
+
+    @property
+    def comparison(self) -> Comparison:
+        """All that is known so far."""
+        return Comparison(self.design, tuple(self._results.values()), self._targets)
+
+    def folder(self, run: str) -> Path:
+        """Where a run writes."""
+        return self._config.output / "runs" / run
+
+    def execute(self, design: Design, asked: Sequence[Asked]) -> list[RunResult]:
+        """Run what is asked and not known: an `muonrec.comparison.tuning.Execute`.
+
+        Raises:
+            ValueError: two arms did not start alike, or were not ranked on the same targets.
+            KeyboardInterrupt: what ran was stopped, and goes on with the next start.
+        """
+        self.design = design
+        wanted = [self._identify(ask) for ask in asked]
+        jobs: dict[Path, tuple[Job, list[RunResult]]] = {}
+        for run in wanted:
+            if self._reuse(run):
+                self.progress.expect_less(run.num_steps)
+            else:
+                job = self._job(run)
+                jobs.setdefault(job.folder, (job, []))[1].append(run)  # several, where arms have the same settings
+        self._write()
+        if jobs:
+            logger.info("%d runs, %d at a time; %d are known", len(jobs), len(self._slots), len(wanted) - len(jobs))
+        queue = Queue(self._slots, self.progress, tries=self._config.tries)
+        queue.run([job for job, _ in jobs.values()], lambda job, ended: self._record(job, jobs[job.folder][1], ended))
+        return [self._results[_identity(run)] for run in wanted]
+
+    def _identify(self, asked: Asked) -> RunResult:
+        """The run that is asked for, without results."""
+        config_hash = self._experiment.config_hash(self._experiment.settings(asked, self._config.output))
+        sources_hash = self._experiment.sources_hash
+        return RunResult(
+            f"{config_hash}-{sources_hash}",
+            **vars(asked),
+            config_hash=config_hash,
+            sources_hash=sources_hash,
+            num_steps=self._experiment.steps(asked.budget),
+        )
+
+    def _reuse(self, run: RunResult) -> bool:
+        """Take over the result of a run with the same settings and sources, if there is one."""
+        sources = {self._experiment.sources_hash, *self._config.accept_sources}
+        for known in self._results.values():
+            is_whole = known.status == "diverged" or (known.status == "done" and (run.stage == "tune" or known.test))
+            if known.config_hash == run.config_hash and known.sources_hash in sources and is_whole:
+                self._results[_identity(run)] = _named(known, run)
+                return True
+        return False
+
+    def _job(self, run: RunResult) -> Job:
+        """What trains a run, and evaluates it if it is final; its config is written into its folder."""
+        folder = self.folder(run.run)
+        asked = Asked(run.arm, run.stage, run.budget, run.seed, run.trial, run.rates)
+        folder.mkdir(parents=True, exist_ok=True)
+        settings = self._experiment.settings(asked, folder)
+        (folder / "config.yaml").write_text(to_yaml(settings))
+        ranks = str(self._config.ranks)
+        launcher = ("torch.distributed.run", "--standalone", "--nproc-per-node", ranks, "-m")
+        start = (*self._python, *(launcher if self._config.ranks > 1 else ()))
+        commands = [(*start, "pipeline.train", str(folder / "config.yaml"))]
+        if run.stage == "final":
+            mask = f"mask_seen={str(settings.validation.mask_seen).lower()}"
+            commands.append((*start, "pipeline.eval", str(folder), mask))
+        if not (folder / "checkpoints").exists() and not (folder / METRICS).exists():
+            (folder / QUEUE_STATE).unlink(missing_ok=True)  # a trial whose checkpoints were deleted is trained again
+        return Job(folder, tuple(commands), run.num_steps, _name(run))
+
+    def _record(self, job: Job, runs: Sequence[RunResult], ended: Ended) -> None:
+        """Keep what a run left, once it is seen to be comparable."""
+        run = dataclasses.replace(runs[0], status=ended.status, fault=ended.fault, wall_s=ended.wall_s)
+        if ended.status == "failed":
+            logger.error("%s failed, the others go on: %s", job.name, ended.fault.splitlines()[-1])
+        else:
+            run, targets = collect(job.folder, run, self.design.metric)
+            if targets is not None:
+                self._check_targets(job, targets)
+            check_fingerprints(self.design, [*self.comparison.current, run])
+        for other in runs:
+            self._results[_identity(other)] = _named(run, other)
+        self._write()
+        if ended.status == "done":
+            what = f"validation {run.valid.get(self.design.metric, float('nan')):.4f}"
+            if run.test:
+                what += f", test {run.test[self.design.metric]:.4f}"
+            logger.info("%s: %s, %.0f s", job.name, what, run.wall_s)
+            if not self._config.keep_checkpoints:
+                shutil.rmtree(job.folder / "checkpoints", ignore_errors=True)
+        elif ended.status == "diverged":
+            logger.warning("%s diverged", job.name)
+
+    def _check_targets(self, job: Job, targets: dict[str, np.ndarray]) -> None:
+        if self._targets is None:
+            self._targets = targets
+            write_targets(self._config.output, targets)
+        if not all(np.array_equal(self._targets[name], targets[name]) for name in ("user_id", "target")):
+            raise ValueError(
+                f"{job.folder} was not ranked on the users and targets of {self._config.output / TARGETS}; "
+                "the data set has changed: compare into another output"
+            )
+
+    def _write(self) -> None:
+        write_results(self._config.output, self.design, self._results.values())
+
+
+def _identity(run: RunResult) -> tuple[object, ...]:
+    return (run.arm, run.stage, run.budget, run.seed, run.trial, run.config_hash)
+
+
+def _named(result: RunResult, run: RunResult) -> RunResult:
+    """``result`` as that of ``run``, which has the same settings."""
+    asked = {field.name: getattr(run, field.name) for field in dataclasses.fields(Asked)}
+    return dataclasses.replace(result, **asked, superseded=False)
+
+
+def _name(run: RunResult) -> str:
+    which = f"trial {run.trial}" if run.stage == "tune" else f"seed {run.seed} at budget {run.budget:g}"
+    return f"{run.arm}, {which} ({', '.join(f'{name} {rate:g}' for name, rate in run.rates.items())})"

@@ -1,0 +1,77 @@
+"""Any function that trains a model enters the protocol."""
+
+import numpy as np
+import pytest
+
+import muonrec
+from muonrec.comparison.results import read_comparison
+
+ARMS = {
+    "control": {"optimizer": "adamw", "width": 8, "lr": [0.01, 0.1, 1.0]},
+    "muon": {"optimizer": "muon", "width": 8, "lr": [0.01, 0.1, 1.0]},
+}
+FEW = {"trials": 3, "seeds": (1, 2), "max_extensions": 0}
+
+
+class Trainer:
+    """AUC is best at a rate of 0.1 and a little better with Muon; counts its calls."""
+
+    def __init__(self, **extra):
+        self.calls, self.extra = [], extra
+
+    def __call__(self, settings, *, seed, budget, is_final):
+        self.calls.append((settings["optimizer"], settings["lr"], seed, budget, is_final))
+        if settings["lr"] == 1.0 and settings["optimizer"] == "adamw":
+            raise FloatingPointError("the loss is nan")
+        auc = 0.7 - 0.05 * abs(np.log10(settings["lr"] / 0.1)) + 0.01 * (settings["optimizer"] == "muon") + 0.001 * seed
+        losses = np.random.default_rng(seed).random(50) - 0.1 * (settings["optimizer"] == "muon")
+        return {
+            "valid": {"auc": auc},
+            "test": {"auc": auc - 0.01, "log_loss": float(losses.mean())},
+            "per_unit": {"log_loss": losses},
+            **self.extra,
+        }
+
+
+def test_arms_are_tuned_by_their_lists_and_compared(tmp_path):
+    trainer = Trainer()
+    comparison = muonrec.compare(trainer, ARMS, "auc", output=tmp_path, **FEW)
+    assert sum(is_final for *_, is_final in trainer.calls) == 4
+    assert all(lr == 0.1 for _, lr, *_, is_final in trainer.calls if is_final)
+    assert {seed for _, _, seed, _, is_final in trainer.calls if not is_final} == {0}
+    assert not any(run.test or run.per_unit for run in comparison.trials("muon"))
+    found = comparison.answer()
+    muon = found.arms[1.0]["muon"]
+    assert muon.test["auc"].difference.mean == pytest.approx(0.01 / 0.6915)
+    assert muon.test["log_loss"].difference.high < 0
+    assert "1 of 3 trials of control diverged." in found.flags
+    assert "muon reaches test AUC 0.7015, +1.4 %" in found.verdict
+
+    again = Trainer()
+    assert len(muonrec.compare(again, ARMS, "auc", output=tmp_path, **FEW).runs) == 10
+    assert again.calls == []
+    muonrec.compare(again, ARMS, "auc", output=tmp_path, version="2", **FEW)
+    assert len(again.calls) == 10
+    assert sum(not run.superseded for run in read_comparison(tmp_path).runs) == 10
+
+
+@pytest.mark.parametrize(
+    ("arms", "extra", "message"),
+    [
+        ({"muon": {**ARMS["muon"], "width": 16}}, {}, r"arm 'muon' differs from the control in width \(8 and 16\)"),
+        ({}, {"auc": 1.0}, "train_arm returned auc; it may return valid, test, per_unit"),
+        ({}, {"valid": {}}, r"train_arm returned no valid auc; return \{'valid': \{...\}, ...\}"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(arms, extra, message):
+    with pytest.raises(ValueError, match=message):
+        muonrec.compare(Trainer(**extra), {**ARMS, **arms}, "auc", **FEW)
+
+
+def test_arms_that_start_unlike_are_refused():
+    class Unlike(Trainer):
+        def __call__(self, settings, **asked):
+            return {**super().__call__(settings, **asked), "fingerprints": {"initial_state": settings["optimizer"]}}
+
+    with pytest.raises(ValueError, match=r"did not start alike: they differ in initial_state \(adamw and muon\)"):
+        muonrec.compare(Unlike(), ARMS, "auc", **FEW)

@@ -1,0 +1,162 @@
+"""The reports of made-up comparisons: whole, with parts missing, and over several."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from muonrec.comparison.aggregate import aggregated
+from muonrec.comparison.aggregate_report import write_aggregate_report
+from muonrec.comparison.answer import answer
+from muonrec.comparison.figures import common_curves, rate_panels, target_value
+from muonrec.comparison.report import _fingerprints, write_comparison_report
+from muonrec.comparison.results import Arm, Comparison, Design, RunResult
+from tests.comparison.made_up import made_up_comparison, made_up_design
+from tests.test_report import text_of
+
+HOSTILE = "_<b>&$\\frac{muon"
+
+
+def renamed(comparison, name, to):
+    arms = tuple(dataclasses.replace(arm, name=to) if arm.name == name else arm for arm in comparison.design.arms)
+    runs = tuple(dataclasses.replace(run, arm=to) if run.arm == name else run for run in comparison.runs)
+    return Comparison(dataclasses.replace(comparison.design, arms=arms), runs, comparison.targets)
+
+
+@pytest.fixture(scope="module")
+def whole():
+    """Three arms, one with a name that no markup and no formula may take in, and a run that failed."""
+    comparison = renamed(made_up_comparison(num_users=200, budgets=(1.0,), seeds=(1, 2)), "muon", HOSTILE)
+    failed = RunResult("f", HOSTILE, "final", 1.0, 3, None, {}, status="failed", fault="no memory")
+    comparison = dataclasses.replace(comparison, runs=(*comparison.runs, failed))
+    return comparison, answer(comparison, num_resamples=50)
+
+
+@pytest.fixture(scope="module")
+def page(whole, tmp_path_factory):
+    return write_comparison_report(*whole, tmp_path_factory.mktemp("report"))
+
+
+def test_the_page_holds_every_section_and_the_figures_lie_beside_it(whole, page):
+    text, source = text_of(page), page.read_text()
+    for title in ("How good", "How soon", "At what cost", "At which learning rates", "Who is served", "Protocol"):
+        assert title in text
+    names = ["groups-1", "results", "savings", "sensitivity", "spectra-1", "validation"]
+    figures = sorted((page.parent / "figures").glob("*.png"))
+    assert [path.stem for path in figures] == names
+    assert min(path.stat().st_size for path in figures) > 20_000
+    assert source.count("<svg") == len(names)
+    assert "http" not in source.replace("http://www.w3.org", "") and "<script" not in source
+
+    found = whole[1].arms[1.0]["one-rate"]
+    assert whole[1].verdict.split(".")[0] in text
+    assert all(flag in text for flag in whole[1].flags)
+    assert f"{found.test['mrr'].mean:.4f} ± {found.test['mrr'].sd:.4f}" in text
+    difference = found.test["ndcg@10"].difference
+    assert f"−{-100 * difference.mean:.1f} % (−{-100 * difference.low:.1f} to −{-100 * difference.high:.1f})" in text
+    assert "> 2,000" in text and "2 of 2 seeds never" in text  # one-rate is censored
+    assert "36,000" in text and "18.0 %" in text and "0.78 GiB" in text
+    assert "All runs of a seed started alike" in text and "initial state i1 i2" in text
+    assert "dense_optimizer.lr, adamw.lr, tables.item.lr" in text
+    assert "dense_optimizer tables.*.optimizer tables.item.optimizer" in text
+    assert "failed: no memory" in text
+
+
+def test_a_hostile_name_is_escaped_in_tables_and_figures(page):
+    source = page.read_text()
+    assert "<b>" not in source
+    assert "_&lt;b&gt;&amp;$\\frac{muon" in source
+
+
+def test_the_same_comparison_gives_the_same_bytes_in_any_place_and_old_figures_go(tmp_path):
+    comparison = made_up_comparison(num_users=20, evaluations=4, seeds=(1,), budgets=(1.0,), trials=2)
+    trials = dataclasses.replace(comparison, runs=tuple(run for run in comparison.runs if run.stage == "tune"))
+    old = tmp_path / "a" / "figures" / "results.png"
+    old.parent.mkdir(parents=True)
+    old.touch()
+    pages = [write_comparison_report(trials, answer(trials), tmp_path / place) for place in "ab"]
+    assert pages[0].read_bytes() == pages[1].read_bytes()
+    assert "No final run has finished yet" in text_of(pages[0])
+    assert [path.stem for path in old.parent.iterdir()] == ["sensitivity"]
+
+
+def test_what_a_callable_yields_is_reported_without_groups_and_spectra(tmp_path):
+    arms = (Arm("adam", grids={"lr": (0.1, 1.0)}), Arm("muon", grids={"lr": (0.1, 1.0)}))
+    design = Design("dlrm", arms, "adam", metric="log_loss", higher_is_better=False, trials=2, seeds=(0,))
+    runs = []
+    for arm, loss in (("adam", 0.5), ("muon", 0.45)):
+        runs += [
+            RunResult(f"{arm}0", arm, "tune", 1.0, 0, 0, {"lr": 0.1}, valid={"log_loss": loss}),
+            RunResult(f"{arm}1", arm, "tune", 1.0, 0, 1, {"lr": 1.0}, status="diverged"),
+            RunResult(
+                f"{arm}2",
+                arm,
+                "final",
+                1.0,
+                0,
+                None,
+                {"lr": 0.1},
+                valid={"log_loss": loss},
+                test={"log_loss": loss + 0.01},
+                curve_step=(10, 20, 30),
+                curve_seconds=(1.0, 2.0, 3.0),
+                curve_value=(0.9, 0.7, loss),
+                num_steps=30,
+                best_step=30,
+            ),
+        ]
+    comparison = Comparison(design, tuple(runs))
+    path = write_comparison_report(comparison, answer(comparison), tmp_path)
+    text = text_of(path)
+    assert "test Log loss" in text and "0.4600" in text and "Who is served" not in text
+    assert "at the edge" in text
+    assert sorted(one.stem for one in (tmp_path / "figures").iterdir()) == [
+        "results",
+        "savings",
+        "sensitivity",
+        "validation",
+    ]
+    assert target_value(comparison, 1.0) == 0.7  # the lowest median of three
+
+
+def test_several_comparisons_are_drawn_below_each_other_with_their_mean(whole, tmp_path):
+    other = dataclasses.replace(whole[0], design=dataclasses.replace(whole[0].design, name="other <i>"))
+    found = [whole, (other, whole[1])]
+    totals = aggregated([whole[0], other], num_resamples=50)
+    path = write_aggregate_report(found, totals, tmp_path)
+    text = text_of(path)
+    assert "2 comparisons" in text and "other <i>" in text and "<i>" not in path.read_text()
+    difference = whole[1].arms[1.0][HOSTILE].test["ndcg@10"].difference
+    assert f"{100 * difference.mean:+.1f} %" in text
+    assert "never reach it" in text and "4 of 4" in text
+    assert (tmp_path / "figures" / "aggregate.png").stat().st_size > 20_000
+    with pytest.raises(ValueError, match="over no comparisons"):
+        write_aggregate_report([], [], tmp_path)
+
+
+def test_one_rate_for_all_appears_in_the_panel_of_each(whole):
+    panels = rate_panels(made_up_design())
+    assert list(panels) == ["dense", "rest", "tables"]
+    assert panels["tables"] == {"one-rate": "lr", "control": "tables", "muon": "tables"}
+    alone = Design("d", (Arm("a", grids={"lr": (1.0,)}), Arm("b", grids={"lr": (1.0,), "decay": (0.1,)})), "a")
+    assert rate_panels(alone) == {"lr": {"a": "lr", "b": "lr"}, "decay": {"b": "decay"}}
+
+
+def test_curves_meet_where_all_seeds_have_one():
+    long = RunResult("a", "a", "final", 1.0, 1, None, {}, curve_step=(10, 20, 30), curve_value=(1.0, 2.0, 3.0))
+    short = RunResult("b", "a", "final", 1.0, 2, None, {}, curve_step=(5, 25), curve_value=(0.0, 4.0))
+    places, values = common_curves([long, short], against="curve_step")
+    np.testing.assert_array_equal(places, [10, 20, 25])
+    np.testing.assert_allclose(values, [[1, 2, 2.5], [1, 3, 4]])
+
+
+def test_runs_that_started_unlike_are_named(whole):
+    runs = list(whole[0].runs)
+    at = next(i for i, run in enumerate(runs) if run.arm == "control" and run.stage == "final")
+    runs[at] = dataclasses.replace(runs[at], fingerprints={**runs[at].fingerprints, "epoch_order": "x"})
+    found = _fingerprints(dataclasses.replace(whole[0], runs=tuple(runs)))
+    assert found["seeds"] == [1, 2] and not found["are_equal"]
+    assert dict(found["rows"])["epoch order"] == [
+        {"o1": f"one-rate, {HOSTILE}", "x": "control"},
+        {"o2": f"one-rate, control, {HOSTILE}"},
+    ]
