@@ -67,6 +67,7 @@ def _aggregate(arm: str, comparisons: Sequence[Comparison], num_resamples: int, 
             if both:
                 num_censored[index] += sum(own.is_censored for own, _ in both)
                 saved = np.array([1.0 - own.steps / control.steps for own, control in both])
+                # One seed less than there are, as `Resampled.differences` has it.
                 draws = generator.integers(len(saved), size=(num_resamples, max(len(saved) - 1, 1)))
                 steps[index].append((float(saved.mean()), saved[draws].mean(axis=1)))
     if not num_comparisons:

@@ -16,7 +16,7 @@ END = {-1: "lower", 1: "upper"}
 
 # Trials asked at once after the first half: fixed, so that the points do not depend on how many runs are parallel.
 _ROUND = 3
-_TRIES = 100
+_TRIES = 20
 
 
 class Search:

@@ -48,9 +48,12 @@ def test_every_arm_gets_the_same_trials_numbered_in_order_and_its_best_rates():
 def test_a_best_at_an_end_of_a_grid_is_extended_for_every_arm_alike():
     best = {**BEST, "tables": 3.0}  # beyond the grid's 0.8, and its first extension
     design, log = made_up_design(trials=30), []
+    many = {"lr": tuple(1e-3 * 1.1**place for place in range(-20, 21))}
+    one_rate = dataclasses.replace(design.arms[0], grids=many)
+    design = dataclasses.replace(design, arms=(one_rate, *design.arms[1:]))
     tuned, rates = tune(design, executor(log, best), seed=0, max_extensions=2)
     own = counted(log)
-    assert own["control"] == own["muon"] > 30
+    assert own["one-rate"] == own["control"] == own["muon"] > 30
     for name in ("control", "muon"):
         assert tuned.arm(name).grids["tables"][:6] == (0.1, 0.2, 0.4, 0.8, 1.6, 3.2)
         assert rates[name]["tables"] == 3.2
