@@ -36,6 +36,7 @@ from muonrec.data.semantic_ids.ids import SemanticIds
 from muonrec.data.semantic_ids.quantised import Quantised
 from muonrec.data.semantic_ids.ready_made import read_ready_made
 from muonrec.data.semantic_ids.stored import (
+    IDS,
     SCHEMA_VERSION,
     SETTING,
     SemanticIdsManifest,
@@ -70,7 +71,7 @@ def build_semantic_ids(config: SemanticIdsConfig, dataset: Path | UPath) -> Sema
         logger.info("%s is up to date (fingerprint %s...): skipped", output, fingerprint[:12])
         return found
 
-    check_replaceable(output, SETTING)  # before the work of hours
+    check_replaceable(output, SETTING, IDS)  # before the work of hours
     logger.info("making semantic IDs of %s items at %s from %s", f"{len(raw_ids):,}", output, config.source.name)
     clock = _Clock()
     if isinstance(config.source, ReadyMade):

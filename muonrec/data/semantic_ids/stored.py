@@ -125,7 +125,7 @@ def write_semantic_ids(
         pa.array(is_collided),
         pa.array(is_reassigned),
     ]
-    with replaced_folder(output, setting=SETTING) as folder:
+    with replaced_folder(output, setting=SETTING, key_file=IDS) as folder:
         write_table(folder / IDS, pa.table(columns, IDS_SCHEMA.names).to_batches(), IDS_SCHEMA)
         manifest = SemanticIdsManifest(
             schema_version=SCHEMA_VERSION,

@@ -232,6 +232,16 @@ def test_a_folder_with_other_things_is_refused_before_the_work(tmp_path: Path) -
     assert (tmp_path / "data-semantic-ids" / "thesis.tex").exists()
 
 
+def test_a_data_set_and_its_ids_never_take_each_others_place(tmp_path: Path) -> None:
+    made(tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.glob("data*/*")}
+    with pytest.raises(ValueError, match=rf"holds other data \(items.parquet, .* no {IDS} .* data.semantic_ids.output"):
+        build(config(tmp_path, {**COOCCURRENCE, "output": tmp_path / "data"}))
+    with pytest.raises(ValueError, match=rf"holds other data \({IDS}\), .* no items.parquet .* folder as data.output"):
+        build(config(tmp_path, None, output=tmp_path / "data-semantic-ids"))
+    assert {path: path.read_bytes() for path in tmp_path.glob("data*/*")} == before
+
+
 @pytest.mark.parametrize(
     ("semantic_ids", "message"),
     [
