@@ -178,9 +178,28 @@ def _explain(fault: Mapping[str, Any], cls: type[Config]) -> str:
     if fault["type"] == "missing":
         return "is required"
     if fault["type"] == "extra_forbidden":
-        schema = cls.model_json_schema()
-        known = {name for part in (schema, *schema.get("$defs", {}).values()) for name in part.get("properties", {})}
-        like = difflib.get_close_matches(str(fault["loc"][-1]), known, n=1)
+        like = difflib.get_close_matches(str(fault["loc"][-1]), _settings_at(cls, fault["loc"][:-1]), n=1)
         return f"is not a known setting (found {found!r})" + (f"; did you mean {like[0]}?" if like else "")
     message = str(fault["msg"]).removeprefix("Value error, ")
     return f"{message} (found {found!r})" if not isinstance(found, Mapping) else message
+
+
+def _settings_at(cls: type[Config], loc: Sequence[int | str]) -> list[str]:
+    """The settings of the section at ``loc``, as pydantic names it: by settings, choices and entries."""
+    sections = [cls]
+    for part in loc:
+        below = [section.model_fields[str(part)] for section in sections if part in section.model_fields]
+        chosen = [section for section in sections if part in _names_of_choice(section)]
+        sections = [found for field in below for found in _sections_in(field.annotation)] or chosen or sections
+    return [name for section in sections for name in section.model_fields]
+
+
+def _names_of_choice(section: type[Config]) -> list[str]:
+    fields = (section.model_fields[key] for key in ("name", "format") if key in section.model_fields)
+    return [name for field in fields for name in get_args(field.annotation)]
+
+
+def _sections_in(annotation: Any) -> list[type[Config]]:
+    if isinstance(annotation, type) and issubclass(annotation, Config):
+        return [annotation]
+    return [section for part in get_args(annotation) for section in _sections_in(part)]

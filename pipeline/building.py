@@ -22,7 +22,7 @@ def semantic_ids_of(config: TrainConfig) -> SemanticIds | None:
     """The codes of the data set's items where the model writes them; None where it does not.
 
     Raises:
-        ValueError: the config names none, or they are not there or of other items.
+        ValueError: the config names none, or they are not there, or of other items or settings.
     """
     if not isinstance(config.model, TigerConfig):
         return None
@@ -32,7 +32,7 @@ def semantic_ids_of(config: TrainConfig) -> SemanticIds | None:
             "model tiger writes semantic IDs, and the config says nothing of them; add data.semantic_ids, as "
             "configs/amazon-beauty/tiger.yaml does, and run python -m pipeline.data with it"
         )
-    return load_semantic_ids(section.place(config.data.output), dataset=config.data.output)
+    return load_semantic_ids(section.place(config.data.output), dataset=config.data.output, config=section)
 
 
 def load_data(config: TrainConfig) -> Sequences:

@@ -7,6 +7,7 @@ import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from muonrec import checkpoint
 from muonrec.runlog import configure_logging, run_stage
@@ -31,12 +32,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return run_stage(lambda: export(options.run, options.file, which=options.checkpoint))
 
 
+def notes_of(progress: dict[str, Any]) -> dict[str, str]:
+    """What the file says of itself: the step, and the data and the semantic IDs whose rows the weights mean."""
+    return {key: str(progress[key]) for key in ("step", "data", "semantic_ids") if key in progress}
+
+
 def export(run: Path, file: Path, *, which: str = "best") -> None:
     """Write the weights of a run's best or last checkpoint to ``file``."""
 
     def write(folder: Path) -> None:
         progress = checkpoint.read_progress(folder)
-        checkpoint.export_weights(folder, file, notes={"step": str(progress["step"]), "data": progress["data"]})
+        checkpoint.export_weights(folder, file, notes=notes_of(progress))
 
     used = checkpoint.use_first(choose_checkpoints(run, which), write)
     assert used is not None

@@ -401,7 +401,10 @@ class Run:
             source: a run (its newest checkpoint that can be used), a checkpoint, or a safetensors file.
         """
         if source.is_file():
-            fingerprint = checkpoint.read_notes(source).get("data", self.sequences.manifest.fingerprint)
+            notes = checkpoint.read_notes(source)
+            if "semantic_ids" in notes:
+                check_same_codes(source, notes, self.ids)
+            fingerprint = notes.get("data", self.sequences.manifest.fingerprint)
             checkpoint.import_weights(source, self.model, grows=self.growing_tables(source, fingerprint))
             logger.info("started from the weights in %s; every optimizer starts afresh, tables too", source)
         else:

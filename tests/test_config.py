@@ -26,11 +26,16 @@ def parse(**tree):
         ({"source": SOURCE, "output": "x", "qqq": 5}, "data.qqq: is not a known setting (found 5)"),
         ({"source": SOURCE, "output": "x", "split": {"name": "global_time", "valid": 2}}, "data.split.valid: Input"),
         ({"source": SOURCE}, "data.output: is required"),
+        ({"source": SOURCE | {"pth": 1}, "output": "x"}, "pth: is not a known setting (found 1); did you mean path?"),
+        ({"source": SOURCE | {"k_core": 5}, "output": "x"}, "data.source.k_core: is not a known setting (found 5)\n"),
     ],
 )  # fmt: skip
 def test_a_fault_is_named_by_the_path_of_its_override(tree, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        parse(**tree)
+        try:
+            parse(**tree)
+        except ValueError as error:
+            raise ValueError(f"{error}\n") from None
 
 
 def test_all_faults_are_named_at_once():

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from upath import UPath
 
-from muonrec.data.manifest import MANIFEST
+from muonrec.data.manifest import ITEMS, MANIFEST
 from muonrec.data.places import names_in, publish, published
 
 logger = logging.getLogger(__name__)
@@ -26,7 +26,7 @@ _PARTIAL, _PREVIOUS = ".partial-", ".previous-"
 
 @contextlib.contextmanager
 def replaced_folder(
-    output: Path | UPath, *, scratch: Path | None = None, setting: str = "data.output"
+    output: Path | UPath, *, scratch: Path | None = None, setting: str = "data.output", key_file: str = ITEMS
 ) -> Iterator[Path]:
     """Yield an empty folder here, whose files take the place of ``output`` if the block ends well and vanish if not.
 
@@ -37,17 +37,19 @@ def replaced_folder(
         output: where the data set shall be.
         scratch: an existing folder, for object stores only; the system's temporary folder where not given.
         setting: that names ``output``, for the messages.
+        key_file: what the manifest of every folder of this kind lists.
 
     Raises:
-        ValueError: ``output`` holds files that no manifest lists: replacing it would destroy somebody's work.
+        ValueError: ``output`` holds files that no manifest lists, or another kind of data: replacing it would destroy
+            somebody's work.
     """
     if not isinstance(output, Path):
-        check_replaceable(output, setting)
+        check_replaceable(output, setting, key_file)
         with tempfile.TemporaryDirectory(prefix="muonrec-data-", dir=scratch) as folder:
             yield Path(folder)
             publish(Path(folder), output, commit=MANIFEST)
         return
-    check_replaceable(output, setting)
+    check_replaceable(output, setting, key_file)
     output.parent.mkdir(parents=True, exist_ok=True)
     partial, lock = _locked_sibling(output)
     try:
@@ -124,8 +126,12 @@ def _is_abandoned(partial: Path) -> bool:
     return True
 
 
-def check_replaceable(output: Path | UPath, setting: str) -> None:
-    """Refuse an ``output`` that is a file or holds files that its manifest does not list, by ValueError."""
+def check_replaceable(output: Path | UPath, setting: str, key_file: str = ITEMS) -> None:
+    """Refuse an ``output`` that is a file, or holds other files than its manifest lists or another kind of data.
+
+    Raises:
+        ValueError: names what was found, and ``setting``.
+    """
     if not isinstance(output, Path):
         found, ours = names_in(output), published(output, commit=MANIFEST)
     elif not output.exists():
@@ -141,4 +147,10 @@ def check_replaceable(output: Path | UPath, setting: str) -> None:
         raise ValueError(
             f"output {output} holds {', '.join(foreign[:5])}, which no manifest of a data set lists; "
             f"pass another folder as {setting} or move them away"
+        )
+    listed = ours - {MANIFEST, f"{MANIFEST}.partial"}
+    if listed and key_file not in listed:
+        raise ValueError(
+            f"output {output} holds other data ({', '.join(sorted(listed)[:5])}), and no {key_file} of before "
+            f"that could be replaced; pass another folder as {setting}"
         )

@@ -34,8 +34,8 @@ OnShare: TypeAlias = Callable[[float], None]  # told how much of the source's by
 Cut: TypeAlias = Callable[[bytes, int, Rejects], tuple[RowsT, np.ndarray, int]]
 
 
-def source_files(path: str, *, setting: str = "data.source") -> list[Path]:
-    """The files that ``path`` (a file or a glob) stands for, in order of name.
+def source_files(path: str, *, setting: str = "data.source", key: str = "path") -> list[Path]:
+    """The files that ``path`` (a file or a glob; ``key`` of the section ``setting``) stands for, in order of name.
 
     Raises:
         ValueError: there is none.
@@ -45,7 +45,7 @@ def source_files(path: str, *, setting: str = "data.source") -> list[Path]:
     files = sorted(Path(match) for match in glob.glob(path, recursive=True) if Path(match).is_file())
     if not files:
         found = "is a folder" if Path(path).is_dir() else "does not exist"
-        raise ValueError(f"source {path} {found}; pass a file, or a glob that matches files, as {setting}.path=...")
+        raise ValueError(f"source {path} {found}; pass a file, or a glob that matches files, as {setting}.{key}=...")
     return files
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from muonrec.config import Config
 from muonrec.losses import NextItemLoss
@@ -26,6 +26,15 @@ class CaserConfig(Config):
     num_vertical: int = Field(default=4, ge=1)
     dropout: float = Field(default=0.2, ge=0, lt=1)
     max_length: int = Field(default=50, ge=1)
+
+    @model_validator(mode="after")
+    def _window_of_a_history(self) -> CaserConfig:
+        if self.window > self.max_length:
+            raise ValueError(
+                f"window {self.window} is longer than any history, which max_length {self.max_length} cuts: kernels "
+                "would only ever meet zeros there; lower window or raise max_length"
+            )
+        return self
 
     def tower_activations(self) -> tuple[int, str]:
         """As `SASRecConfig.tower_activations`: features convolved, pooled, activated, joined and dropped; the rows

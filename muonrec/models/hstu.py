@@ -6,6 +6,7 @@ import logging
 from typing import Literal
 
 import torch
+from pydantic import Field
 
 from muonrec.batch import SequenceBatch
 from muonrec.config import Config
@@ -26,14 +27,14 @@ class HSTUConfig(Config):
     """
 
     name: Literal["hstu"] = "hstu"
-    embedding_dim: int = 64
-    num_layers: int = 2
-    num_heads: int = 2
-    linear_dim: int = 32
-    attention_dim: int = 32
-    dropout: float = 0.2
-    attention_dropout: float = 0.0
-    max_length: int = 50
+    embedding_dim: int = Field(default=64, ge=1)
+    num_layers: int = Field(default=2, ge=1)
+    num_heads: int = Field(default=2, ge=1)
+    linear_dim: int = Field(default=32, ge=1)
+    attention_dim: int = Field(default=32, ge=1)
+    dropout: float = Field(default=0.2, ge=0, lt=1)
+    attention_dropout: float = Field(default=0.0, ge=0, lt=1)
+    max_length: int = Field(default=50, ge=1)
     positions: Positions = "from_start"
     time_bias: bool | None = None
     normalize: bool = False

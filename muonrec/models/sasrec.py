@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
+from pydantic import Field
+
 from muonrec.config import Config
 from muonrec.losses import NextItemLoss
 from muonrec.models.sequential import SequentialModel
@@ -17,12 +19,12 @@ class SASRecConfig(Config):
     """
 
     name: Literal["sasrec"] = "sasrec"
-    embedding_dim: int = 64
-    num_layers: int = 2
-    num_heads: int = 2
-    feedforward_dim: int = 64
-    dropout: float = 0.2
-    max_length: int = 50
+    embedding_dim: int = Field(default=64, ge=1)
+    num_layers: int = Field(default=2, ge=1)
+    num_heads: int = Field(default=2, ge=1)
+    feedforward_dim: int = Field(default=64, ge=1)
+    dropout: float = Field(default=0.2, ge=0, lt=1)
+    max_length: int = Field(default=50, ge=1)
     norm: Norm = "pre"
     positions: Positions = "from_end"
     scale_input: bool = True

@@ -51,9 +51,9 @@ class CaserTower(nn.Module):
         """
         num_events, gap = x_TD.shape[0], self.window - 1
         user_T = torch.repeat_interleave(lengths_B, output_size=num_events)
-        # Where the window of each event starts, among rows with a gap before each user and a row for no events at all.
+        # Where the window of each event starts: rows have a gap before each user, and a window for no events at all.
         start_T = torch.arange(num_events, device=x_TD.device) + user_T * gap
-        num_rows = num_events + lengths_B.numel() * gap + 1
+        num_rows = num_events + lengths_B.numel() * gap + self.window
         rows_SD = x_TD.new_zeros(num_rows, x_TD.shape[1]).index_copy(0, start_T + gap, x_TD)
         rows_DS = rows_SD.T
 

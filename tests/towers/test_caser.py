@@ -55,9 +55,10 @@ def test_an_event_changes_the_states_of_its_windows_alone():
     assert changed.nonzero().flatten().tolist() == [10, 11, 12, 13]
 
 
-def test_a_batch_of_no_events_passes_and_reaches_every_parameter():
+@pytest.mark.parametrize("lengths", [[0], []])
+def test_a_batch_of_no_events_passes_and_reaches_every_parameter(lengths):
     model = tower(dropout=0.5)
-    hidden_TD = model(torch.empty(0, D, dtype=torch.float64), torch.tensor([0]), [])
+    hidden_TD = model(torch.empty(0, D, dtype=torch.float64), torch.tensor(lengths, dtype=torch.int64), [])
     assert hidden_TD.shape == (0, D)
     hidden_TD.sum().backward()
     assert all(p.grad is not None for p in model.parameters())

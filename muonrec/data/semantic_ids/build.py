@@ -21,6 +21,7 @@ from muonrec.data.manifest import Manifest, verify_dataset
 from muonrec.data.replacement import check_replaceable, put_right
 from muonrec.data.semantic_ids.collisions import find_collisions, reassign_last
 from muonrec.data.semantic_ids.config import (
+    FILES,
     Cooccurrence,
     Embeddings,
     IdsSource,
@@ -36,6 +37,7 @@ from muonrec.data.semantic_ids.ids import SemanticIds
 from muonrec.data.semantic_ids.quantised import Quantised
 from muonrec.data.semantic_ids.ready_made import read_ready_made
 from muonrec.data.semantic_ids.stored import (
+    IDS,
     SCHEMA_VERSION,
     SETTING,
     SemanticIdsManifest,
@@ -50,8 +52,6 @@ from muonrec.data.text import describe_sources, source_files
 from muonrec.runlog import Progress
 
 logger = logging.getLogger(__name__)
-
-_FILES = ("path", "ids")  # settings of a source that name files: what they hold decides, not where they lie
 
 
 def build_semantic_ids(config: SemanticIdsConfig, dataset: Path | UPath) -> SemanticIdsManifest:
@@ -70,7 +70,7 @@ def build_semantic_ids(config: SemanticIdsConfig, dataset: Path | UPath) -> Sema
         logger.info("%s is up to date (fingerprint %s...): skipped", output, fingerprint[:12])
         return found
 
-    check_replaceable(output, SETTING)  # before the work of hours
+    check_replaceable(output, SETTING, IDS)  # before the work of hours
     logger.info("making semantic IDs of %s items at %s from %s", f"{len(raw_ids):,}", output, config.source.name)
     clock = _Clock()
     if isinstance(config.source, ReadyMade):
@@ -111,8 +111,9 @@ def build_semantic_ids(config: SemanticIdsConfig, dataset: Path | UPath) -> Sema
 
 def _describe_source(source: IdsSource, manifest: Manifest) -> dict[str, Any]:
     """What identifies the source: its files, a text model's where that is a folder, and what it has of the data set."""
-    paths = [path for name in _FILES if (path := getattr(source, name, None)) is not None]
-    files = [file for path in paths for file in source_files(path, setting="data.semantic_ids.source")]
+    paths = {name: path for name in FILES if (path := getattr(source, name, None)) is not None}
+    setting = "data.semantic_ids.source"
+    files = [file for name, path in paths.items() for file in source_files(path, setting=setting, key=name)]
     if isinstance(source, Text):
         files = sorted(path for path in Path(source.model).rglob("*") if path.is_file())
     return {
@@ -125,8 +126,7 @@ def _describe_source(source: IdsSource, manifest: Manifest) -> dict[str, Any]:
 
 def _fingerprint(config: SemanticIdsConfig, source: dict[str, Any], raw_ids: list[str]) -> str:
     """Sha256 over what decides the codes: schema version, settings, contents and the items; where they lie does not."""
-    leave_out: Any = {"output": True, "device": True, "source": set(_FILES)}
-    settings = config.model_dump(mode="json", exclude=leave_out)
+    settings = config.deciding_settings()
     contents = [[file["sha256"] for file in source["files"]], source["dataset"], source["items"], items_sha256(raw_ids)]
     return hashlib.sha256(json.dumps([SCHEMA_VERSION, settings, contents], sort_keys=True).encode()).hexdigest()
 

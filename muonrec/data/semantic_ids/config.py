@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BeforeValidator, Field, model_validator
 from upath import UPath
@@ -134,6 +134,9 @@ IdsSource: TypeAlias = Annotated[
 IdsMethod: TypeAlias = Annotated[RqVae | ResidualKMeans, Field(discriminator="name"), BeforeValidator(name_only)]
 
 
+FILES = ("path", "ids")  # settings of a source that name files: what they hold decides, not where they lie
+
+
 class SemanticIdsConfig(Config):
     """Section ``data.semantic_ids``.
 
@@ -180,3 +183,8 @@ class SemanticIdsConfig(Config):
         may be right for the next one.
         """
         return self.output or dataset.with_name(f"{dataset.name}-semantic-ids")
+
+    def deciding_settings(self) -> dict[str, Any]:
+        """The settings without those under which the codes would be the same, or are meant to be."""
+        leave_out: Any = {"output": True, "device": True, "source": set(FILES)}
+        return self.model_dump(mode="json", exclude=leave_out)

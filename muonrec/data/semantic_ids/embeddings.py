@@ -27,6 +27,11 @@ def read_embeddings(source: Embeddings, path: Path, raw_ids: Sequence[str]) -> n
     """
     if path.suffix not in (".npy", ".parquet"):
         raise ValueError(f"{path} ends in neither .npy nor .parquet, which tell what it holds")
+    if path.suffix == ".parquet" and source.ids is not None:
+        raise ValueError(
+            f"data.semantic_ids.source.ids {source.ids} was asked, but {path} has its ids in a column; leave ids out, "
+            "and name the column as id_column"
+        )
     ids, matrix = _read_npy(source, path) if path.suffix == ".npy" else _read_parquet(source, path)
     if ids is None:
         if len(matrix) != len(raw_ids):
@@ -74,9 +79,15 @@ def _read_parquet(source: Embeddings, path: Path) -> tuple[list[str], np.ndarray
     is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
     if not is_list or not (pa.types.is_floating(kind.value_type) or pa.types.is_integer(kind.value_type)):
         raise ValueError(f"{path}: column {source.vector_column!r} is {kind}, expected lists of numbers")
+    try:
+        ids = ids.cast(pa.string())
+    except pa.ArrowException:
+        raise ValueError(f"{path}: column {source.id_column!r} is {ids.type}, expected raw item ids as text") from None
+    if not len(ids):
+        raise ValueError(f"{path} has no row; pass a file with a row for each item")
     if lists.null_count or ids.null_count or lists.flatten().null_count:
         raise ValueError(f"{path}: columns {' and '.join(map(repr, wanted))} hold nulls; every row needs id and vector")
     widths = np.unique(lists.value_lengths().to_numpy(zero_copy_only=False))
     if len(widths) != 1:
         raise ValueError(f"{path}: vectors are {widths.min()} to {widths.max()} wide, expected the same of all")
-    return ids.cast(pa.string()).to_pylist(), lists.flatten().to_numpy().reshape(-1, int(widths[0]))
+    return ids.to_pylist(), lists.flatten().to_numpy().reshape(-1, int(widths[0]))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from muonrec.data.manifest import (
 )
 from muonrec.data.places import place
 from muonrec.data.replacement import replaced_folder
+from muonrec.data.semantic_ids.config import SemanticIdsConfig
 from muonrec.data.semantic_ids.ids import SemanticIds
 from muonrec.data.shards import read_table, write_table
 
@@ -125,7 +126,7 @@ def write_semantic_ids(
         pa.array(is_collided),
         pa.array(is_reassigned),
     ]
-    with replaced_folder(output, setting=SETTING) as folder:
+    with replaced_folder(output, setting=SETTING, key_file=IDS) as folder:
         write_table(folder / IDS, pa.table(columns, IDS_SCHEMA.names).to_batches(), IDS_SCHEMA)
         manifest = SemanticIdsManifest(
             schema_version=SCHEMA_VERSION,
@@ -143,17 +144,22 @@ def write_semantic_ids(
 
 
 def load_semantic_ids(
-    folder: str | Path | UPath, *, dataset: str | Path | UPath | None = None, verify_hashes: bool = False
+    folder: str | Path | UPath,
+    *,
+    dataset: str | Path | UPath | None = None,
+    config: SemanticIdsConfig | None = None,
+    verify_hashes: bool = False,
 ) -> SemanticIds:
     """Read the codes of every item, in the order of the item vocabulary.
 
     Args:
         folder: what ``python -m pipeline.data`` wrote with ``data.semantic_ids``, or the URL of a copy.
         dataset: the data set whose items they must be of; None: not compared.
+        config: the settings they must have been made with, wherever files lie; None: not compared.
         verify_hashes: also compare the sha256 of the file (the size is always compared).
 
     Raises:
-        ValueError: no semantic IDs, damaged ones, or those of other items.
+        ValueError: no semantic IDs, damaged ones, or those of other items or settings.
     """
     folder = place(folder)
     manifest = verify_semantic_ids(folder, verify_hashes=verify_hashes)
@@ -162,6 +168,13 @@ def load_semantic_ids(
             f"{folder} holds semantic IDs of other items ({manifest.items_sha256[:12]}...) than {dataset} has "
             f"({found[:12]}...); run python -m pipeline.data CONFIG again"
         )
+    if config is not None:
+        found_settings = SemanticIdsConfig.model_validate(manifest.config).deciding_settings()
+        if differing := list(_differing(config.deciding_settings(), found_settings, "data.semantic_ids")):
+            raise ValueError(
+                f"{folder} was made with other settings: {', '.join(differing)}; run python -m pipeline.data CONFIG "
+                "again, or pass another data.semantic_ids.output"
+            )
     table = read_table(folder / IDS)
     codes = table.column("codes").combine_chunks().flatten().to_numpy().astype(np.int64)
     if codes.size != manifest.num_items * len(manifest.levels):
@@ -189,6 +202,16 @@ def load_raw_ids(dataset: str | Path | UPath) -> list[str]:
 def items_sha256(raw_ids: Sequence[str]) -> str:
     """Sha256 of a vocabulary, in order."""
     return hashlib.sha256(json.dumps(list(raw_ids)).encode()).hexdigest()
+
+
+def _differing(asked: Any, found: Any, path: str) -> Iterator[str]:
+    """The settings that differ; of another choice, its name alone."""
+    if isinstance(asked, dict) and isinstance(found, dict):
+        same_choice = asked.get("name") == found.get("name")
+        for name in sorted(asked.keys() | found.keys()) if same_choice else ["name"]:
+            yield from _differing(asked.get(name), found.get(name), f"{path}.{name}")
+    elif asked != found:
+        yield f"{path} (asked {asked!r}, found {found!r})"
 
 
 def _level(codes: np.ndarray, codebook_size: int) -> Level:

@@ -15,6 +15,7 @@ import pytest
 import muonrec.data.semantic_ids.stored as stored
 from muonrec.data.manifest import MANIFEST, read_manifest
 from muonrec.data.semantic_ids import SemanticIds, load_semantic_ids
+from muonrec.data.semantic_ids.config import SemanticIdsConfig
 from muonrec.data.semantic_ids.stored import IDS, SemanticIdsManifest, verify_semantic_ids
 from pipeline.data import DataConfig, build, check_same_data, main
 
@@ -231,12 +232,34 @@ def test_ids_of_other_items_or_damaged_ones_are_refused(tmp_path: Path, built: P
         load_semantic_ids(copied)
 
 
+def test_ids_of_other_settings_are_refused_and_not_those_of_other_places(built: Path) -> None:
+    folder, asked = built / "data-semantic-ids", {**COOCCURRENCE, "output": "elsewhere", "device": "cuda"}
+    assert load_semantic_ids(folder, config=SemanticIdsConfig.model_validate(asked)).codes.shape[0] == NUM_ITEMS
+    asked = {"source": {"name": "cooccurrence", "dim": 8}, "method": "rqvae"}
+    differing = (
+        r"method\.name \(asked 'rqvae', found 'residual_kmeans'\), "
+        r"data\.semantic_ids\.source\.dim \(asked 8, found 16\); run python -m pipeline\.data CONFIG again"
+    )
+    with pytest.raises(ValueError, match=rf"was made with other settings: data\.semantic_ids\.{differing}"):
+        load_semantic_ids(folder, config=SemanticIdsConfig.model_validate(asked))
+
+
 def test_a_folder_with_other_things_is_refused_before_the_work(tmp_path: Path) -> None:
     (tmp_path / "data-semantic-ids").mkdir()
     (tmp_path / "data-semantic-ids" / "thesis.tex").write_text("dear")
     with pytest.raises(ValueError, match=r"holds thesis.tex, .* pass another folder as data.semantic_ids.output"):
         made(tmp_path)
     assert (tmp_path / "data-semantic-ids" / "thesis.tex").exists()
+
+
+def test_a_data_set_and_its_ids_never_take_each_others_place(tmp_path: Path) -> None:
+    made(tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.glob("data*/*")}
+    with pytest.raises(ValueError, match=rf"holds other data \(items.parquet, .* no {IDS} .* data.semantic_ids.output"):
+        build(config(tmp_path, {**COOCCURRENCE, "output": tmp_path / "data"}))
+    with pytest.raises(ValueError, match=rf"holds other data \({IDS}\), .* no items.parquet .* folder as data.output"):
+        build(config(tmp_path, None, output=tmp_path / "data-semantic-ids"))
+    assert {path: path.read_bytes() for path in tmp_path.glob("data*/*")} == before
 
 
 @pytest.mark.parametrize(
@@ -250,6 +273,10 @@ def test_a_folder_with_other_things_is_refused_before_the_work(tmp_path: Path) -
         ),
         ({"source": {"name": "ready_made", "path": "no.json"}}, "source no.json does not exist; pass a file"),
         ({"source": {"name": "ready_made", "path": "*.json"}}, r"matches 2 files; pass one as data.semantic_ids"),
+        (
+            {"source": {"name": "embeddings", "path": "a.json", "ids": "no.txt"}, "method": KMEANS},
+            "source no.txt does not exist; pass a file, or a glob that matches files, as data.semantic_ids.source.ids=",
+        ),
         ({"source": "guesses"}, "data.semantic_ids.source: Input tag 'guesses'"),
         ({**COOCCURRENCE, "method": {**KMEANS, "codes": 7}}, "data.semantic_ids.method.codes: is not a known setting"),
     ],

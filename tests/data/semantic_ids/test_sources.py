@@ -151,6 +151,11 @@ def test_unfit_matrices_are_refused(tmp_path: Path, matrix: np.ndarray | bytes, 
         ({"item_id": [1], "embedding": [1.0]}, "column 'embedding' is double, expected lists of numbers"),
         ({"item_id": [1, 2], "embedding": [[1.0], None]}, "columns 'item_id' and 'embedding' hold nulls"),
         ({"item_id": [1, 2], "embedding": [[1.0], [1.0, 2.0]]}, "vectors are 1 to 2 wide, expected the same of all"),
+        (
+            {"item_id": [{"id": 1}], "embedding": [[1.0]]},
+            "column 'item_id' is struct<id: int64>, expected raw item ids",
+        ),
+        ({"item_id": pa.array([], pa.string()), "embedding": pa.array([], pa.list_(pa.float32()))}, "has no row; pass"),
     ],
 )
 def test_unfit_parquet_is_refused(tmp_path: Path, columns: dict, message: str) -> None:
@@ -165,3 +170,7 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
     for name, message in (("a.csv", "ends in neither .npy nor .parquet"), ("a.parquet", "cannot be read as Parquet")):
         with pytest.raises(ValueError, match=message):
             read_embeddings(Embeddings(path=name), tmp_path / name, RAW_IDS)
+    with pytest.raises(
+        ValueError, match=r"source.ids ids.txt was asked, but .*a.parquet has its ids in a column; leave"
+    ):
+        read_embeddings(Embeddings(path="a.parquet", ids="ids.txt"), tmp_path / "a.parquet", RAW_IDS)
