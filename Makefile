@@ -41,7 +41,7 @@ $(STAMP):
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(MAKE) --no-print-directory install-$(ACCELERATOR) ACCELERATOR=$(ACCELERATOR)
 # --no-build-isolation: the setuptools that torch brought builds muonrec, nothing more is downloaded.
-	$(PIP) install -c $(CONSTRAINTS) --no-build-isolation -e '.[data,report,torchx,dev]'
+	$(PIP) install -c $(CONSTRAINTS) --no-build-isolation -e '.[data,report,compare,torchx,dev]'
 	rm -f $(VENV)/.setup-*
 	touch $@
 
