@@ -38,7 +38,7 @@ class TigerConfig(Config):
     max_length: int = 20
     samples: Samples = "prefixes"
     num_user_tokens: int = Field(default=2000, ge=1)
-    num_beams: int = Field(default=50, ge=1)
+    num_beams: int = Field(default=50, ge=10)  # validation counts ten places
 
 
 class Tiger(nn.Module):
