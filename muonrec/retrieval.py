@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -18,6 +18,9 @@ from muonrec.mesh import Ranks
 
 # Ids of the items to leave out: user ids [U] -> (values int64 [sum of lengths], lengths int64 [U]).
 SeenItems = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
+
+# Users scored against a chunk at once on a CPU: few enough for the scores to stay in its cache until they are counted.
+_CPU_TILE = 128
 
 
 class Encoder(Protocol):
@@ -135,10 +138,10 @@ def rank_targets(
     block, provided that the encoder's vectors are: see `_snap`. Equal scores among the best ``k`` are put in the order
     of a hash of the item id (`tie_key`), so that no end of the catalogue is favoured.
 
-    About this many bytes at the peak, on each rank, beside the encoder: ``U (12 D + 10 C + 24 K) + 20 C D``, with
-    ``U < user_block + num_ranks * B`` and ``C = item_chunk``; ``16 bytes`` per seen item of the block with
-    ``mask_seen``; and ``40 + 12 K`` per user for the result. Each block reads the whole item table once, so a larger
-    ``user_block`` means less communication.
+    About this many bytes at the peak, on each rank, beside the encoder: ``U (12 D + 24 K) + 10 T C + 20 C D``, with
+    ``U < user_block + num_ranks * B``, ``C = item_chunk`` and ``T = U``, on a CPU 128 at most; ``16 bytes`` per seen
+    item of the block with ``mask_seen``; and ``40 + 12 K`` per user for the result. Each block reads the whole item
+    table once, so a larger ``user_block`` means less communication.
 
     Args:
         encoder: gives the vectors.
@@ -237,31 +240,28 @@ def _rank_block(
 ) -> RankedTargets:
     num_items, device = encoder.num_items, users.vectors_UD.device
     _check_users(users, num_items)
-    users_UD, scores_U1 = _snap(users.vectors_UD), users.target_scores.unsqueeze(1)
-    seen = None if mask_seen is None else _Seen(mask_seen, users)
-    num_users = len(users_UD)
-    counts_2U = torch.zeros(2, num_users, dtype=torch.int64, device=device)
+    num_users = len(users.user_ids)
+    tile = _CPU_TILE if device.type == "cpu" else num_users
+    tiles = [
+        _Tile(_Users(*(part[row : row + tile] for part in users)), k, mask_seen) for row in range(0, num_users, tile)
+    ]
     num_broken = torch.zeros(1, dtype=torch.int64, device=device)
-    best = None if k is None else _Best.none(k, num_users, device)
 
     num_chunks = -(-num_items // item_chunk)
     for first_chunk in range(0, num_chunks, ranks.num_ranks):
         first = min((first_chunk + ranks.rank) * item_chunk, num_items)
         last = min(first + item_chunk, num_items)
-        ids_C = torch.arange(first, last, device=device)
-        items_CD = encoder.item_vectors(ids_C)  # collective: also by a rank that has run out of chunks
+        # Collective: also by a rank that has run out of chunks.
+        items_CD = encoder.item_vectors(torch.arange(first, last, device=device))
         if first == last:
             continue
         num_broken += (~torch.isfinite(items_CD).all(1)).sum()
-        scores_UC = users_UD @ _snap(items_CD).T
-        if seen is not None:
-            seen.mask(scores_UC, first, last)
-        counts_2U[0] += (scores_UC > scores_U1).sum(1)
-        counts_2U[1] += (scores_UC == scores_U1).sum(1)
-        if best is not None:
-            best = best.with_chunk(scores_UC, ids_C)
+        snapped_CD = _snap(items_CD)
+        for one in tiles:
+            one.score(snapped_CD, first)
 
-    counts = torch.cat([counts_2U.flatten(), num_broken])
+    counts = torch.cat([torch.cat([one.counts_2U for one in tiles], dim=1).flatten(), num_broken])
+    best = None if k is None else _Best.of_users([one.best for one in tiles if one.best is not None])
     if ranks.num_ranks > 1:
         dist.all_reduce(counts)
         if best is not None:
@@ -338,6 +338,28 @@ def left_out(mask_seen: SeenItems, user_ids: torch.Tensor, targets: torch.Tensor
     return rows[other], items[other]
 
 
+class _Tile:
+    """Some users of a block, and what is known of them after the chunks so far."""
+
+    def __init__(self, users: _Users, k: int | None, mask_seen: SeenItems | None) -> None:
+        self._users_UD, self._scores_U1 = _snap(users.vectors_UD), users.target_scores.unsqueeze(1)
+        self._seen = None if mask_seen is None else _Seen(mask_seen, users)
+        num_users, device = len(users.user_ids), users.vectors_UD.device
+        self.counts_2U = torch.zeros(2, num_users, dtype=torch.int64, device=device)  # of greater and of equal scores
+        self.best = None if k is None else _Best.none(k, num_users, device)
+
+    def score(self, items_CD: torch.Tensor, first: int) -> None:
+        """Take in a chunk: the vectors, as `_snap` gives them, of the items from ``first`` on."""
+        scores_UC = self._users_UD @ items_CD.T
+        if self._seen is not None:
+            self._seen.mask(scores_UC, first, first + len(items_CD))
+        self.counts_2U[0] += (scores_UC > self._scores_U1).sum(1)
+        self.counts_2U[1] += (scores_UC == self._scores_U1).sum(1)
+        if self.best is not None:
+            ids_C = torch.arange(first, first + len(items_CD), device=scores_UC.device)
+            self.best = self.best.with_chunk(scores_UC, ids_C)
+
+
 class _Seen:
     """The (user, item) pairs of a block that are left out, in order of the items."""
 
@@ -362,6 +384,11 @@ class _Best(NamedTuple):
     def none(cls, k: int, num_users: int, device: torch.device) -> _Best:
         empty = torch.empty(num_users, 0, dtype=torch.float64, device=device)
         return cls(k, empty, empty.long())
+
+    @classmethod
+    def of_users(cls, parts: Sequence[_Best]) -> _Best:
+        """The parts, all after the same chunks, below each other."""
+        return cls(parts[0].k, torch.cat([part.scores for part in parts]), torch.cat([part.ids for part in parts]))
 
     def with_chunk(self, scores_UC: torch.Tensor, ids_C: torch.Tensor) -> _Best:
         k = self.k

@@ -123,8 +123,11 @@ def assert_same(found: RankedTargets, expected: RankedTargets) -> None:
 
 
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize(("item_chunk", "user_block", "k"), [(8192, 2048, 6), (7, 1, 6), (10, 11, 3), (1, 20, 60)])
-def test_rank_targets_equals_the_plain_twin(item_chunk, user_block, k, masked):
+@pytest.mark.parametrize(
+    ("item_chunk", "user_block", "k", "tile"), [(8192, 2048, 6, 128), (7, 1, 6, 3), (10, 11, 3, 4), (1, 20, 60, 3)]
+)
+def test_rank_targets_equals_the_plain_twin(monkeypatch, item_chunk, user_block, k, tile, masked):
+    monkeypatch.setattr("muonrec.retrieval._CPU_TILE", tile)
     seen = made_up_seen if masked else None
     ranked = rank_targets(
         made_up_encoder(),
