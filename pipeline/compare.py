@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
+from filelock import FileLock, Timeout
 from pydantic import Field, model_validator
 from rich.console import Console
 from rich.table import Table
@@ -177,14 +179,17 @@ def compare(config: CompareConfig, python: Sequence[str] = (sys.executable, "-m"
         python: starts a module of this repository; its name and arguments follow.
 
     Raises:
-        ValueError: the config, or two arms differ in what they must not, or runs have failed; the others are done.
+        ValueError: the config, or two arms differ in what they must not, or runs have failed, and the others are done;
+            or another process is at work on the same comparison.
     """
-    runs = Runs(config, python)
-    with runs.progress:
-        design, rates = tune(runs.design, runs.execute, seed=config.tuning_seed, max_extensions=config.max_extensions)
-        runs.execute(design, final_runs(design, rates))
-    comparison = runs.comparison
-    report(comparison, config.output)
+    with _alone(config.output):
+        runs = Runs(config, python)
+        with runs.progress:
+            seed, extensions = config.tuning_seed, config.max_extensions
+            design, rates = tune(runs.design, runs.execute, seed=seed, max_extensions=extensions)
+            runs.execute(design, final_runs(design, rates))
+        comparison = runs.comparison
+        report(comparison, config.output)
     if failed := [run for run in comparison.current if run.status == "failed"]:
         faults = "\n".join(f"{runs.folder(run.run)}: {run.fault}" for run in failed[:3])
         raise ValueError(
@@ -192,6 +197,21 @@ def compare(config: CompareConfig, python: Sequence[str] = (sys.executable, "-m"
             f"again. The first of them:\n{faults}"
         )
     return comparison
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Keep other processes of this machine from writing the same results; the lock goes with the process."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        lock = FileLock(folder / ".lock").acquire(blocking=False)
+    except Timeout:
+        raise ValueError(
+            f"another process is at work on the comparison in {folder}; let it end, or end it (it saves what runs), "
+            "and start this command again; --report shows what is there so far"
+        ) from None
+    with lock:
+        yield
 
 
 def report(comparison: Comparison, folder: str | Path) -> None:

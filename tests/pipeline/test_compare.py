@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from filelock import FileLock
 
 from muonrec.comparison.results import RESULTS, TARGETS, read_comparison
 from muonrec.comparison.tuning import Asked
@@ -179,6 +180,18 @@ def test_runs_that_start_unlike_stop_the_comparison(run, tmp_path):
     with pytest.raises(ValueError, match=r"did not start alike: they differ in epoch_order \(o0 and x\)"):
         run(trials=1)
     assert trained(tmp_path) == 2
+
+
+def test_one_comparison_at_a_time_writes_to_a_folder(run, tmp_path):
+    (tmp_path / "out").mkdir()
+    with (
+        FileLock(tmp_path / "out" / ".lock"),
+        pytest.raises(ValueError, match=r"another process is at work on the comparison in .*--report shows"),
+    ):
+        run(trials=1)
+    assert not (tmp_path / "out" / RESULTS).exists()
+    run(trials=1, seeds=[1])
+    run(trials=1, seeds=[1])  # the lock is let go
 
 
 @pytest.mark.parametrize(
