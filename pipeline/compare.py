@@ -20,6 +20,7 @@ from muonrec.comparison.aggregate import aggregated
 from muonrec.comparison.aggregate_report import write_aggregate_report
 from muonrec.comparison.answer import answer
 from muonrec.comparison.numbers import Answer
+from muonrec.comparison.protocol import check_seeds
 from muonrec.comparison.report import write_comparison_report
 from muonrec.comparison.results import Comparison, read_comparison
 from muonrec.comparison.tuning import final_runs, tune
@@ -88,7 +89,7 @@ class CompareConfig(Config):
         grids: values tried of each tuned rate.
         trials: of each arm.
         tuning_seed: of the search and of its runs.
-        seeds: of the final runs; not the tuning's, which its rates would suit.
+        seeds: of the final runs; the tuning's, which its rates suit, is refused.
         budgets: fractions of the experiment's steps; each is a run with a full schedule of its own.
         evaluate_every: fraction of a run's steps between two validations.
         validation_users: whom a run is validated on; null: everybody.
@@ -99,7 +100,8 @@ class CompareConfig(Config):
         parallel_runs: at once; null: as many as devices, or else cores, allow.
         tries: of a run that fails; it goes on from its last checkpoint.
         keep_checkpoints: of runs that are done.
-        accept_sources: hashes of earlier sources whose runs count as if made with these.
+        accept_sources: hashes of earlier sources whose runs count as if made with these; facts of ``results.parquet``
+            and the names of the folders below ``runs/`` have them.
     """
 
     output: Path
@@ -130,6 +132,7 @@ class CompareConfig(Config):
         for name, arm in self.arms.items():
             if missing := [rate for rate in arm.rates if rate not in {**self.grids, **arm.grids}]:
                 raise ValueError(f"arms.{name} tunes {', '.join(missing)}, but there is no such grid; add it to grids")
+        check_seeds(self.seeds, self.tuning_seed)
         return self
 
 
@@ -186,9 +189,9 @@ def compare(config: CompareConfig, python: Sequence[str] = (sys.executable, "-m"
         runs = Runs(config, python)
         with runs.progress:
             seed, extensions = config.tuning_seed, config.max_extensions
-            design, rates = tune(runs.design, runs.execute, seed=seed, max_extensions=extensions)
+            design, rates = tune(runs.design, runs.execute, seed=seed, max_extensions=extensions, check=runs.check)
             runs.execute(design, final_runs(design, rates))
-        comparison = runs.comparison
+        comparison = runs.finish()
         report(comparison, config.output)
     if failed := [run for run in comparison.current if run.status == "failed"]:
         faults = "\n".join(f"{runs.folder(run.run)}: {run.fault}" for run in failed[:3])

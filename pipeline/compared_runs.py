@@ -8,6 +8,7 @@ import hashlib
 import json
 import logging
 import os
+import platform
 import shutil
 import sys
 from collections.abc import Sequence
@@ -18,7 +19,8 @@ import numpy as np
 import torch
 
 from muonrec.comparison.collect import collect
-from muonrec.comparison.protocol import check_fingerprints, check_settings, matches
+from muonrec.comparison.kept import Kept
+from muonrec.comparison.protocol import check_fingerprints, check_settings, check_tuned, matches
 from muonrec.comparison.queue import QUEUE_STATE, Ended, Job, Queue, slots
 from muonrec.comparison.results import (
     RESULTS,
@@ -38,6 +40,7 @@ from muonrec.data.shards import load_sequences
 from muonrec.mesh import Ranks
 from muonrec.report import METRICS
 from muonrec.runlog import Progress
+from pipeline.building import semantic_ids_of
 from pipeline.data import check_same_data
 from pipeline.train import TrainConfig, make_loader
 
@@ -81,13 +84,18 @@ class Experiment:
         tree["output"] = str(config.output)
         base = parse_config(TrainConfig, tree, source="section train", prefix="train.")
         self._tree = base.model_dump(mode="json")  # so that an arm may override what stands at its default
+        self.data_folder = base.data.output
         sequences = load_sequences(base.data.output)
         check_same_data(base.data, sequences.manifest)
         self.fingerprint = sequences.manifest.fingerprint
         alone = Ranks(0, 1, torch.device("cpu"))
         steps_per_epoch = -(-make_loader(base, sequences, alone).steps_per_epoch // base.accumulate_steps)
         self.num_steps = base.num_steps or (base.num_epochs or 0) * steps_per_epoch
-        self.sources_hash = sources_hash(ROOT, "pipeline.train", ("muonrec", "pipeline"))
+        packages = ("muonrec", "pipeline")
+        self.sources_hashes = {
+            "tune": sources_hash(ROOT, ["pipeline.train"], packages),
+            "final": sources_hash(ROOT, ["pipeline.train", "pipeline.eval"], packages),
+        }
         self.design = self._design()
 
     def settings(self, asked: Asked, output: Path) -> TrainConfig:
@@ -106,6 +114,7 @@ class Experiment:
             tree["spectra_every_steps"] = max(num_steps // _SPECTRA_PER_RUN, 1)
         set_at(tree, "validation.every_steps", max(int(config.evaluate_every * num_steps), 1))
         set_at(tree, "validation.max_users", config.validation_users)
+        set_at(tree, "validation.patience", 0)  # every run has the steps of its budget
         return parse_config(TrainConfig, tree, source=f"arm {asked.arm}")
 
     def steps(self, budget: float) -> int:
@@ -115,7 +124,12 @@ class Experiment:
     def config_hash(self, settings: TrainConfig) -> str:
         """Hash of what a run learns: its settings but those that only say where it writes, and the data."""
         tree = settings.model_dump(mode="json", exclude=_NOT_LEARNED)
-        text = json.dumps({**tree, "data": self.fingerprint}, sort_keys=True)
+        tree["data"] = self.fingerprint
+        if (ids := semantic_ids_of(settings)) is not None:
+            tree["semantic_ids"] = ids.fingerprint
+        if self._config.ranks > 1:
+            tree["ranks"] = self._config.ranks
+        text = json.dumps(tree, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     def _design(self) -> Design:
@@ -133,6 +147,7 @@ class Experiment:
         trees = {name: self._resolved(arm) for name, arm in arms.items()}
         tuned = {name: [path for paths in arm.rate_settings.values() for path in paths] for name, arm in arms.items()}
         for name, arm in list(arms.items()):
+            check_tuned(name, tuned[name], tuned[config.control], may_differ=arm.may_differ)
             rates = [*tuned[name], *tuned[config.control]]
             found = check_settings(name, trees[name], trees[config.control], named=[*arm.may_differ, *rates])
             known = ("dense_optimizer", *rates)
@@ -153,7 +168,7 @@ class Experiment:
                 "train": trees[config.control],
                 "num_steps": self.num_steps,
                 "fingerprint": self.fingerprint,
-                "sources_hash": self.sources_hash,
+                "sources_hashes": self.sources_hashes,
                 "torch": torch.__version__,
             },
         )
@@ -182,10 +197,9 @@ class Runs:
         self._python = tuple(python)
         self.design = self._experiment.design
         earlier = read_comparison(config.output) if (config.output / RESULTS).is_file() else None
-        # What the design does not ask for any more is kept, and is no part of the answer.
-        self._results = (
-            {_identity(run): dataclasses.replace(run, superseded=True) for run in earlier.runs} if earlier else {}
-        )
+        if earlier is not None:
+            self._check_data(earlier)
+        self._kept = Kept(earlier.runs if earlier else (), key=_identity, stands=self._stands)
         self._targets = earlier.targets if earlier else None
         steps = [self._experiment.num_steps] * self.design.trials
         steps += [self._experiment.steps(budget) for budget in self.design.budgets for _ in self.design.seeds]
@@ -193,11 +207,12 @@ class Runs:
         self._slots = slots(
             config.parallel_runs, ranks=config.ranks, devices=torch.cuda.device_count(), cores=os.cpu_count() or 1
         )
+        self._machine = _machine(config.ranks, len(self._slots))
 
     @property
     def comparison(self) -> Comparison:
         """All that is known so far."""
-        return Comparison(self.design, tuple(self._results.values()), self._targets)
+        return Comparison(self.design, tuple(self._kept), self._targets)
 
     def folder(self, run: str) -> Path:
         """Where a run writes."""
@@ -212,6 +227,8 @@ class Runs:
         """
         self.design = design
         wanted = [self._identify(ask) for ask in asked]
+        beyond = [run for run in wanted if run.trial is not None and run.trial >= design.trials]
+        self.progress.expect_less(-sum(run.num_steps for run in beyond))
         jobs: dict[Path, tuple[Job, list[RunResult]]] = {}
         for run in wanted:
             if self._reuse(run):
@@ -224,12 +241,45 @@ class Runs:
             logger.info("%d runs, %d at a time; %d are known", len(jobs), len(self._slots), len(wanted) - len(jobs))
         queue = Queue(self._slots, self.progress, tries=self._config.tries)
         queue.run([job for job, _ in jobs.values()], lambda job, ended: self._record(job, jobs[job.folder][1], ended))
-        return [self._results[_identity(run)] for run in wanted]
+        return [self._kept.like(run) or run for run in wanted]
+
+    def check(self, asked: Asked) -> None:
+        """Raises ValueError: the rates make no valid config."""
+        self._experiment.settings(asked, self._config.output)
+
+    def finish(self) -> Comparison:
+        """The comparison, once nothing more is asked."""
+        self._kept.let_go()
+        self._write()
+        return self.comparison
+
+    def _check_data(self, earlier: Comparison) -> None:
+        then, now = earlier.design.facts.get("fingerprint"), self._experiment.fingerprint
+        if then not in (None, now):
+            raise ValueError(
+                f"the runs in {self._config.output} are of another data set (fingerprint {str(then)[:12]}) than "
+                f"{self._experiment.data_folder} holds ({now[:12]}); compare into another output"
+            )
+
+    def _stands(self, run: RunResult) -> bool:
+        """Whether an earlier run would come out the same today, and the design has a place for it."""
+        config, arms = self._config, {arm.name: arm for arm in self.design.arms}
+        if run.arm not in arms or set(run.rates) != set(arms[run.arm].grids):
+            return False
+        if run.stage == "final" and (run.seed not in config.seeds or run.budget not in config.budgets):
+            return False
+        if run.stage == "tune" and run.seed != config.tuning_seed:
+            return False
+        now = self._identify(Asked(run.arm, run.stage, run.budget, run.seed, run.trial, run.rates))
+        return run.config_hash == now.config_hash and run.sources_hash in self._accepted(now)
+
+    def _accepted(self, run: RunResult) -> set[str]:
+        return {run.sources_hash, *self._config.accept_sources}
 
     def _identify(self, asked: Asked) -> RunResult:
         """The run that is asked for, without results."""
         config_hash = self._experiment.config_hash(self._experiment.settings(asked, self._config.output))
-        sources_hash = self._experiment.sources_hash
+        sources_hash = self._experiment.sources_hashes[asked.stage]
         return RunResult(
             f"{config_hash}-{sources_hash}",
             **vars(asked),
@@ -240,11 +290,10 @@ class Runs:
 
     def _reuse(self, run: RunResult) -> bool:
         """Take over the result of a run with the same settings and sources, if there is one."""
-        sources = {self._experiment.sources_hash, *self._config.accept_sources}
-        for known in self._results.values():
+        for known in self._kept:
             is_whole = known.status == "diverged" or (known.status == "done" and (run.stage == "tune" or known.test))
-            if known.config_hash == run.config_hash and known.sources_hash in sources and is_whole:
-                self._results[_identity(run)] = _named(known, run)
+            if known.config_hash == run.config_hash and known.sources_hash in self._accepted(run) and is_whole:
+                self._kept.add(_named(known, run))
                 return True
         return False
 
@@ -268,7 +317,9 @@ class Runs:
 
     def _record(self, job: Job, runs: Sequence[RunResult], ended: Ended) -> None:
         """Keep what a run left, once it is seen to be comparable."""
-        run = dataclasses.replace(runs[0], status=ended.status, fault=ended.fault, wall_s=ended.wall_s)
+        run = dataclasses.replace(
+            runs[0], status=ended.status, fault=ended.fault, wall_s=ended.wall_s, machine=self._machine
+        )
         if ended.status == "failed":
             logger.error("%s failed, the others go on: %s", job.name, ended.fault.splitlines()[-1])
         else:
@@ -277,7 +328,7 @@ class Runs:
                 self._check_targets(job, targets)
             check_fingerprints(self.design, [*self.comparison.current, run])
         for other in runs:
-            self._results[_identity(other)] = _named(run, other)
+            self._kept.add(_named(run, other))
         self._write()
         if ended.status == "done":
             what = f"validation {run.valid.get(self.design.metric, float('nan')):.4f}"
@@ -293,14 +344,25 @@ class Runs:
         if self._targets is None:
             self._targets = targets
             write_targets(self._config.output, targets)
-        if not all(np.array_equal(self._targets[name], targets[name]) for name in ("user_id", "target")):
+        if not all(np.array_equal(column, targets[name]) for name, column in self._targets.items()):
             raise ValueError(
                 f"{job.folder} was not ranked on the users and targets of {self._config.output / TARGETS}; "
                 "the data set has changed: compare into another output"
             )
 
     def _write(self) -> None:
-        write_results(self._config.output, self.design, self._results.values())
+        write_results(self._config.output, self.design, self._kept)
+
+
+def _machine(ranks: int, at_once: int) -> str:
+    """What the seconds of a run depend on, for people."""
+    if torch.cuda.is_available():
+        processor = torch.cuda.get_device_name()
+    else:
+        known = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
+        names = [line.partition(":")[2].strip() for line in known.splitlines() if line.startswith("model name")]
+        processor = f"{os.cpu_count()} cores of {names[0] if names else platform.machine()}"
+    return f"{processor}, torch {torch.__version__}, {at_once} at once of {ranks} ranks"
 
 
 def _identity(run: RunResult) -> tuple[object, ...]:
@@ -310,7 +372,7 @@ def _identity(run: RunResult) -> tuple[object, ...]:
 def _named(result: RunResult, run: RunResult) -> RunResult:
     """``result`` as that of ``run``, which has the same settings."""
     asked = {field.name: getattr(run, field.name) for field in dataclasses.fields(Asked)}
-    return dataclasses.replace(result, **asked, superseded=False)
+    return dataclasses.replace(result, **asked)
 
 
 def _name(run: RunResult) -> str:

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import inspect
 import json
 import logging
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from muonrec.comparison.protocol import check_fingerprints, check_settings
+import numpy as np
+
+from muonrec.comparison.kept import Kept
+from muonrec.comparison.protocol import check_fingerprints, check_seeds, check_settings, check_tuned
 from muonrec.comparison.results import RESULTS, Arm, Comparison, Design, RunResult, read_comparison, write_results
 from muonrec.comparison.tuning import Asked, final_runs, tune
 
@@ -24,6 +29,7 @@ RETURNED = (
 )  # fmt: skip
 # Of a trial, which the test set must not touch.
 _OF_TEST = ("test", "per_unit")
+_CURVE = ("curve_step", "curve_seconds", "curve_value")
 
 
 def compare(
@@ -40,7 +46,7 @@ def compare(
     tuning_seed: int = 0,
     max_extensions: int = 2,
     output: str | Path | None = None,
-    version: str = "",
+    version: str | None = None,
     name: str = "comparison",
 ) -> Comparison:
     """Tune every arm of ``train_arm`` alike on validation, run the seeds at the tuned rates, keep what came out.
@@ -67,7 +73,7 @@ def compare(
         tuning_seed: of the search and its runs.
         max_extensions: how often a grid whose end is best is extended by a value, for every arm.
         output: folder of ``results.parquet``; runs that it holds are not repeated.
-        version: of the code; a new one repeats every run.
+        version: of the code; a new one repeats every run. None: a hash of the file that ``train_arm`` is written in.
         name: for people.
 
     Returns:
@@ -75,7 +81,7 @@ def compare(
 
     Raises:
         ValueError: arms differ in what ``may_differ`` does not name, or did not start alike; or ``train_arm`` returned
-            what it must not.
+            what it must not; or there is an ``output``, no ``version``, and no file of ``train_arm``.
         ImportError: optuna is missing.
     """
     if control not in arms:
@@ -85,6 +91,8 @@ def compare(
     for arm in arms:
         named = [*may_differ, *grids[arm], *grids[control]]
         check_settings(arm, arms[arm], arms[control], named=named)
+        check_tuned(arm, grids[arm], grids[control], may_differ=may_differ)
+    check_seeds(seeds, tuning_seed)
     design = Design(
         name,
         tuple(
@@ -97,10 +105,12 @@ def compare(
         seeds=tuple(seeds),
         budgets=tuple(sorted(budgets, reverse=True)),
     )
+    if version is None:
+        version = "" if output is None else _version_of(train_arm)
     calls = _Calls(train_arm, fixed, Path(output) if output is not None else None, version)
     design, rates = tune(design, calls.execute, seed=tuning_seed, max_extensions=max_extensions)
     calls.execute(design, final_runs(design, rates))
-    return Comparison(design, tuple(calls.results.values()))
+    return calls.finished(design)
 
 
 class _Calls:
@@ -114,47 +124,85 @@ class _Calls:
         version: str,
     ) -> None:
         self._train_arm, self._settings, self._output, self._version = train_arm, settings, output, version
-        self.results: dict[str, RunResult] = {}
-        if output is not None and (output / RESULTS).is_file():
-            runs = read_comparison(output).runs
-            self.results = {run.run: dataclasses.replace(run, superseded=True) for run in runs}
+        earlier = read_comparison(output).runs if output is not None and (output / RESULTS).is_file() else ()
+        self._kept = Kept(earlier, key=lambda run: run.run, stands=lambda run: run.sources_hash == version)
 
     def execute(self, design: Design, asked: Sequence[Asked]) -> list[RunResult]:
         found = []
         for ask in asked:
             settings = {**self._settings[ask.arm], **ask.rates}
-            run = self._key(ask, settings)
-            result = self.results.get(run) or self._call(design, ask, settings, run)
-            result = dataclasses.replace(result, **vars(ask), superseded=False)
-            self.results[run] = result
-            check_fingerprints(design, [other for other in self.results.values() if not other.superseded])
-            if self._output is not None and _is_first():
-                write_results(self._output, design, self.results.values())
+            identity = RunResult(self._key(ask, settings), **vars(ask), sources_hash=self._version)
+            known = self._kept.like(identity)
+            if known is not None:
+                logger.info("%s, %s, seed %d: known from %s", ask.arm, ask.rates, ask.seed, self._output)
+            result = self._call(design, identity, settings) if known is None else known
+            self._kept.add(result)
+            self._check(design, result)
+            self._write(design)
             found.append(result)
         return found
 
+    def finished(self, design: Design) -> Comparison:
+        """The comparison, once nothing more is asked."""
+        self._kept.let_go()
+        self._write(design)
+        return Comparison(design, tuple(self._kept))
+
+    def _write(self, design: Design) -> None:
+        if self._output is not None and _is_first():
+            write_results(self._output, design, self._kept)
+
+    def _check(self, design: Design, result: RunResult) -> None:
+        others = [run for run in self._kept if not run.superseded]
+        check_fingerprints(design, others)
+        for metric, values in result.per_unit.items():
+            for other in others:
+                if metric in other.per_unit and np.shape(values) != np.shape(other.per_unit[metric]):
+                    raise ValueError(
+                        f"train_arm returned per_unit {metric} of shape {np.shape(values)} for {result.arm}, and "
+                        f"{np.shape(other.per_unit[metric])} for {other.arm}; return one value for each test example, "
+                        "in the same order for every arm"
+                    )
+
     def _key(self, ask: Asked, settings: Mapping[str, Any]) -> str:
         # The arm and the trial count, too: arms with equal settings are runs of their own here.
-        text = json.dumps(
-            [ask.arm, ask.stage, settings, ask.seed, ask.budget, self._version], sort_keys=True, default=str
-        )
+        told = [ask.arm, ask.stage, settings, ask.seed, ask.budget, self._version]
+        text = json.dumps(told, sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
-    def _call(self, design: Design, ask: Asked, settings: Mapping[str, Any], run: str) -> RunResult:
-        is_final = ask.stage == "final"
-        identity = RunResult(run, **vars(ask), config_hash=run)
+    def _call(self, design: Design, run: RunResult, settings: Mapping[str, Any]) -> RunResult:
+        is_final = run.stage == "final"
         try:
-            returned = self._train_arm(dict(settings), seed=ask.seed, budget=ask.budget, is_final=is_final)
+            returned = self._train_arm(dict(settings), seed=run.seed, budget=run.budget, is_final=is_final)
         except FloatingPointError as error:
-            return dataclasses.replace(identity, status="diverged", fault=str(error))
+            return dataclasses.replace(run, status="diverged", fault=str(error))
         if unknown := sorted(set(returned) - set(RETURNED)):
             raise ValueError(f"train_arm returned {', '.join(unknown)}; it may return {', '.join(RETURNED)}")
         for part in ("valid", "test") if is_final else ("valid",):
             if design.metric not in returned.get(part, {}):
                 raise ValueError(f"train_arm returned no {part} {design.metric}; return {{{part!r}: {{...}}, ...}}")
+            if not math.isfinite(value := float(returned[part][design.metric])):
+                return dataclasses.replace(run, status="diverged", fault=f"{part} {design.metric} is {value}")
+        lengths = {key: len(returned.get(key, ())) for key in _CURVE}
+        if len(set(lengths.values())) > 1:
+            listed = ", ".join(f"{length} of {key}" for key, length in lengths.items())
+            raise ValueError(f"train_arm returned {listed}; return one of each for every validation")
         kept = {key: value for key, value in returned.items() if is_final or key not in _OF_TEST}
-        logger.info("%s, %s, seed %d: %s", ask.arm, ask.rates, ask.seed, kept["valid"])
-        return dataclasses.replace(identity, **kept)
+        logger.info("%s, %s, seed %d: %s", run.arm, run.rates, run.seed, kept["valid"])
+        return dataclasses.replace(run, **kept)
+
+
+def _version_of(train_arm: Callable[..., Any]) -> str:
+    """Hash of the file that the function, or the class of the object, is written in."""
+    written = inspect.unwrap(getattr(train_arm, "func", train_arm))
+    try:
+        path = inspect.getsourcefile(written if inspect.isroutine(written) else type(written))
+        return hashlib.sha256(Path(path or "").read_bytes()).hexdigest()[:12]
+    except (OSError, TypeError):
+        raise ValueError(
+            f"{train_arm!r} has no file to tell one version of it from another; give version=, and another one "
+            "whenever what it does has changed, or leave out output"
+        ) from None
 
 
 def _is_grid(value: Any) -> bool:

@@ -49,6 +49,38 @@ def check_settings(
     return found
 
 
+def check_tuned(name: str, arm: Iterable[str], control: Iterable[str], *, may_differ: Sequence[str]) -> None:
+    """Refuse an arm that tunes a setting which the control has fixed, or the other way round, and does not name it.
+
+    Args:
+        name: of the arm.
+        arm, control: the settings that each tunes.
+        may_differ: patterns of settings that may differ, as in `matches`.
+
+    Raises:
+        ValueError: names the settings.
+    """
+    ours, theirs = set(control), set(arm)
+    unnamed = [path for path in sorted(ours ^ theirs) if not any(matches(path, pattern) for pattern in may_differ)]
+    if unnamed:
+        who = [f"{path} ({name if path in theirs else 'the control'} alone)" for path in unnamed]
+        raise ValueError(
+            f"arm {name!r} and the control do not tune the same settings: {', '.join(who)}; tune them for both, or "
+            f"name them in may_differ of {name!r}"
+        )
+
+
+def check_seeds(seeds: Sequence[int], tuning_seed: int) -> None:
+    """Refuse final runs that are no news. Raises ValueError: a seed twice, or the tuning's, which chose the rates."""
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"seeds={list(seeds)} holds a seed twice, which would count as evidence twice")
+    if tuning_seed in seeds:
+        raise ValueError(
+            f"seeds={list(seeds)} holds the tuning's seed {tuning_seed}, which the rates were chosen to suit; take "
+            "another, or change tuning_seed"
+        )
+
+
 def check_fingerprints(design: Design, runs: Iterable[RunResult]) -> None:
     """Refuse runs of one seed that did not start alike: initial weights, first batches and order of the data.
 

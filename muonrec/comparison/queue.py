@@ -28,6 +28,8 @@ _POLL_S = 0.2
 _GRACE_S = 120.0
 # As muonrec.losses says it.
 _DIVERGED = re.compile(r"FloatingPointError|the loss of step \d+ is (nan|-?inf)")
+# What torchrun says, at length, once a rank has said why it ends.
+_OF_TORCHRUN = re.compile(r"^.*torch/distributed/elastic/multiprocessing/api\.py", re.MULTILINE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,8 +172,9 @@ class _Running:
                 return Ended("done", "", self._wall_s)
         else:
             self._failures += 1
-            fault = self._tail()
-            if _DIVERGED.search(fault):
+            said = self._said()
+            fault = "\n".join(said.splitlines()[-_FAULT_LINES:])
+            if _DIVERGED.search(said):
                 return Ended("diverged", fault, self._wall_s)
             if self._failures >= tries:
                 return Ended("failed", f"exit status {status}\n{fault}", self._wall_s)
@@ -202,11 +205,13 @@ class _Running:
         partial.write_text(json.dumps({"commands_done": self._commands_done, "wall_s": self._wall_s}) + "\n")
         partial.rename(self._path)
 
-    def _tail(self) -> str:
-        """The last lines that the command said."""
+    def _said(self) -> str:
+        """What the command said before its launcher took over."""
         with (self.job.folder / LOG).open("rb") as log:
             log.seek(self._log_start)
-            return "\n".join(log.read().decode(errors="replace").splitlines()[-_FAULT_LINES:])
+            said = log.read().decode(errors="replace")
+        launcher = _OF_TORCHRUN.search(said)
+        return said[: launcher.start()] if launcher and said[: launcher.start()].strip() else said
 
 
 def steps_done(folder: Path) -> int:

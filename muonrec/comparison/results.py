@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -150,6 +151,7 @@ class RunResult:
         optimizer_share: of the training seconds, spent in the step of the dense optimizers.
         peak_memory_bytes: of the first rank: allocated on the device with CUDA, else resident.
         device: what it ran on.
+        machine: what its seconds depend on beside that, for people; runs are compared in seconds where it is the same.
         fingerprints: hashes that must be equal between arms for one seed and budget: ``initial_state``,
             ``first_batches``, ``epoch_order``.
         num_greater, num_equal: int32 ``[N]``, how many items score above the target of each row of ``targets.parquet``
@@ -183,6 +185,7 @@ class RunResult:
     optimizer_share: float = 0.0
     peak_memory_bytes: int = 0
     device: str = ""
+    machine: str = ""
     fingerprints: dict[str, str] = dataclasses.field(default_factory=dict)
     num_greater: np.ndarray | None = None
     num_equal: np.ndarray | None = None
@@ -249,7 +252,7 @@ class Comparison:
     def best_trial(self, arm: str) -> RunResult | None:
         """The trial of ``arm`` with the best validation; the earlier of equals; None if none is done."""
         metric, sign = self.design.metric, 1.0 if self.design.higher_is_better else -1.0
-        done = [run for run in self.trials(arm) if run.status == "done" and metric in run.valid]
+        done = [t for t in self.trials(arm) if t.status == "done" and math.isfinite(t.valid.get(metric, math.nan))]
         return max(done, key=lambda run: sign * run.valid[metric], default=None)
 
 
@@ -336,6 +339,7 @@ def _schema() -> pa.Schema:
             "optimizer_share": pa.float64(),
             "peak_memory_bytes": pa.int64(),
             "device": pa.string(),
+            "machine": pa.string(),
             "fingerprints": pa.map_(pa.string(), pa.string()),
             "num_greater": pa.list_(pa.int32()),
             "num_equal": pa.list_(pa.int32()),

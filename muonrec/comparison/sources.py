@@ -8,25 +8,26 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 
-def sources_hash(root: Path, module: str, packages: Sequence[str]) -> str:
-    """Hash of ``module`` and of all that it imports, directly or not, from ``packages``; found without running it.
+def sources_hash(root: Path, modules: Sequence[str], packages: Sequence[str]) -> str:
+    """Hash of ``modules`` and of all that they import, directly or not, from ``packages``; found without running them.
 
     Comments, docstrings and layout do not count.
 
     Args:
         root: folder that holds the packages.
-        module: such as ``pipeline.train``.
+        modules: such as ``pipeline.train``.
         packages: whose modules are followed.
 
     Returns:
         12 hexadecimal digits.
 
     Raises:
-        ValueError: there is no such module below ``root``.
+        ValueError: one of the modules is not below ``root``.
     """
-    if _file_of(root, module) is None:
-        raise ValueError(f"there is no module {module} below {root}; start from the root of the clone")
-    digest, waiting, seen = hashlib.sha256(), [module], set()
+    for module in modules:
+        if _file_of(root, module) is None:
+            raise ValueError(f"there is no module {module} below {root}; start from the root of the clone")
+    digest, waiting, seen = hashlib.sha256(), list(modules), set()
     trees: dict[str, ast.Module] = {}
     while waiting:
         name = waiting.pop()

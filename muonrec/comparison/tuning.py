@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 from collections.abc import Callable, Sequence
 
 from muonrec.comparison.results import Arm, Design, RunResult, Stage
@@ -28,7 +29,14 @@ class Asked:
 Execute = Callable[[Design, Sequence[Asked]], Sequence[RunResult]]
 
 
-def tune(design: Design, execute: Execute, *, seed: int, max_extensions: int) -> tuple[Design, dict[str, Point]]:
+def tune(
+    design: Design,
+    execute: Execute,
+    *,
+    seed: int,
+    max_extensions: int,
+    check: Callable[[Asked], object] = lambda asked: None,
+) -> tuple[Design, dict[str, Point]]:
     """Search every arm's rates with the same number of trials, on validation alone.
 
     Where the best of an arm lies at the end of a grid, every arm that has this rate tries its own best point with the
@@ -39,6 +47,7 @@ def tune(design: Design, execute: Execute, *, seed: int, max_extensions: int) ->
         execute: carries out trials at the full budget.
         seed: of the search and of the runs.
         max_extensions: rounds of such trials.
+        check: raises ValueError for rates that cannot be run, such as a momentum above 1; a grid ends before these.
 
     Returns:
         The design with the extended grids, and the best rates of every arm that has a finished trial.
@@ -57,14 +66,23 @@ def tune(design: Design, execute: Execute, *, seed: int, max_extensions: int) ->
             break
         asked: dict[str, list[Point]] = {}
         for edge in sorted(at):
+            arms = tuple(_extended(arm, edge) for arm in design.arms)
+            ends = {
+                arm.name: {**best[arm.name], edge[0]: arm.grids[edge[0]][0 if edge[1] < 0 else -1]}
+                for arm in arms
+                if arm.name in best and len(arm.grids.get(edge[0], ())) > 1
+            }
+            try:
+                for name, point in ends.items():
+                    check(Asked(name, "tune", 1.0, seed, None, point))
+            except ValueError as error:
+                logger.warning("a best %s lies at the %s end of its grid, and beyond: %s", edge[0], END[edge[1]], error)
+                continue
             logger.info("a best %s lies at the %s end of its grid; every arm tries one more", edge[0], END[edge[1]])
-            design = dataclasses.replace(design, arms=tuple(_extended(arm, edge) for arm in design.arms))
-            for arm in design.arms:
-                if edge[0] in arm.grids and len(arm.grids[edge[0]]) > 1 and arm.name in best:
-                    end = arm.grids[edge[0]][0 if edge[1] < 0 else -1]
-                    asked.setdefault(arm.name, []).append({**best[arm.name], edge[0]: end})
-                elif further := searches[arm.name].ask_further(1):
-                    asked.setdefault(arm.name, []).extend(further)
+            design = dataclasses.replace(design, arms=arms)
+            for arm in arms:
+                more = [ends[arm.name]] if arm.name in ends else searches[arm.name].ask_further(1)
+                asked.setdefault(arm.name, []).extend(more)
         tried.run(design, asked)
     return design, tried.best()
 
@@ -97,8 +115,8 @@ class _Tried:
         ]
         values: dict[str, list[float | None]] = {name: [] for name in points}
         for ask, result in zip(asked, self._execute(design, asked), strict=True):
-            is_done = result.status == "done" and self._metric in result.valid
-            value = self._sign * result.valid[self._metric] if is_done else None
+            found = self._sign * result.valid.get(self._metric, math.nan)
+            value = found if result.status == "done" and math.isfinite(found) else None
             values[ask.arm].append(value)
             self._values[ask.arm].append((ask.rates, value))
         return values

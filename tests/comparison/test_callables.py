@@ -33,7 +33,7 @@ class Trainer:
         }
 
 
-def test_arms_are_tuned_by_their_lists_and_compared(tmp_path):
+def test_arms_are_tuned_by_their_lists_and_compared(tmp_path, monkeypatch):
     trainer = Trainer()
     comparison = muonrec.compare(trainer, ARMS, "auc", output=tmp_path, **FEW)
     assert sum(is_final for *_, is_final in trainer.calls) == 4
@@ -50,7 +50,8 @@ def test_arms_are_tuned_by_their_lists_and_compared(tmp_path):
     again = Trainer()
     assert len(muonrec.compare(again, ARMS, "auc", output=tmp_path, **FEW).runs) == 10
     assert again.calls == []
-    muonrec.compare(again, ARMS, "auc", output=tmp_path, version="2", **FEW)
+    monkeypatch.setattr("muonrec.comparison.callables._version_of", lambda _: "2")  # the file was edited
+    muonrec.compare(again, ARMS, "auc", output=tmp_path, **FEW)
     assert len(again.calls) == 10
     assert sum(not run.superseded for run in read_comparison(tmp_path).runs) == 10
 
@@ -61,11 +62,40 @@ def test_arms_are_tuned_by_their_lists_and_compared(tmp_path):
         ({"muon": {**ARMS["muon"], "width": 16}}, {}, r"arm 'muon' differs from the control in width \(8 and 16\)"),
         ({}, {"auc": 1.0}, "train_arm returned auc; it may return valid, test, per_unit"),
         ({}, {"valid": {}}, r"train_arm returned no valid auc; return \{'valid': \{...\}, ...\}"),
+        ({}, {"curve_step": [1, 2]}, "train_arm returned 2 of curve_step, 0 of curve_seconds, 0 of curve_value"),
+        ({"muon": {**ARMS["muon"], "width": [8, 16]}}, {}, r"width \(muon alone\)"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(arms, extra, message):
     with pytest.raises(ValueError, match=message):
         muonrec.compare(Trainer(**extra), {**ARMS, **arms}, "auc", **FEW)
+
+
+def test_a_metric_that_is_no_number_has_diverged_and_code_without_a_file_needs_a_version(tmp_path):
+    class Broken(Trainer):
+        def __call__(self, settings, **asked):
+            found = super().__call__(settings, **asked)
+            return {**found, "valid": {"auc": float("nan")}} if settings["lr"] == 0.1 else found
+
+    comparison = muonrec.compare(Broken(), ARMS, "auc", **FEW)
+    assert comparison.best_trial("muon").rates["lr"] != 0.1
+    assert {run.status for run in comparison.trials("muon") if run.rates["lr"] == 0.1} == {"diverged"}
+
+    made_up = {"Trainer": Trainer}
+    exec("def train_arm(settings, **asked): return Trainer()(settings, **asked)", made_up)
+    with pytest.raises(ValueError, match="has no file to tell one version of it from another; give version="):
+        muonrec.compare(made_up["train_arm"], ARMS, "auc", output=tmp_path, **FEW)
+
+
+def test_per_unit_must_be_of_the_same_examples_in_every_arm():
+    class Fewer(Trainer):
+        def __call__(self, settings, **asked):
+            found = super().__call__(settings, **asked)
+            num_units = 40 if settings["optimizer"] == "muon" else 50
+            return {**found, "per_unit": {"log_loss": found["per_unit"]["log_loss"][:num_units]}}
+
+    with pytest.raises(ValueError, match=r"per_unit log_loss of shape \(40,\) for muon, and \(50,\) for control"):
+        muonrec.compare(Fewer(), ARMS, "auc", **FEW)
 
 
 def test_arms_that_start_unlike_are_refused():

@@ -4,7 +4,14 @@ import dataclasses
 
 import pytest
 
-from muonrec.comparison.protocol import check_fingerprints, check_settings, differences, matches
+from muonrec.comparison.protocol import (
+    check_fingerprints,
+    check_seeds,
+    check_settings,
+    check_tuned,
+    differences,
+    matches,
+)
 from tests.comparison.made_up import made_up_comparison
 
 CONTROL = {
@@ -22,6 +29,29 @@ def test_patterns_name_settings_and_sections():
     assert not matches("tables.item.lr", "tables.*.optimizer")
     assert not matches("dense_optimizer", "dense_optimizer.lr")
     assert not matches("dense_optimizers.lr", "dense_optimizer")
+
+
+def test_what_one_arm_alone_tunes_must_be_named():
+    check_tuned("muon", ["dense_optimizer.lr", "adamw.lr"], ["adamw.lr", "dense_optimizer.lr"], may_differ=[])
+    check_tuned(
+        "muon",
+        ["dense_optimizer.lr", "dense_optimizer.momentum"],
+        ["dense_optimizer.lr"],
+        may_differ=["dense_optimizer"],
+    )
+    with pytest.raises(
+        ValueError, match=r"model.dropout \(muon alone\), tables.\*.lr \(the control alone\); tune them for"
+    ):
+        check_tuned("muon", ["model.dropout"], ["tables.*.lr"], may_differ=["dense_optimizer"])
+
+
+@pytest.mark.parametrize(
+    ("seeds", "message"), [((1, 2, 1), "holds a seed twice"), ((0, 1), "holds the tuning's seed 0")]
+)
+def test_seeds_that_are_no_news_are_refused(seeds, message):
+    check_seeds((1, 2), 0)
+    with pytest.raises(ValueError, match=message):
+        check_seeds(seeds, 0)
 
 
 def test_every_leaf_that_differs_is_found():

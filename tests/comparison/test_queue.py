@@ -29,6 +29,8 @@ if how == "fails" or (how == "fails once" and starts == 1):
     sys.exit(1)
 if how == "diverges":
     print("E the loss of step 3 is nan on rank 0")
+    prefix = "E1122 08:00:00.000 7 torch/distributed/elastic/multiprocessing/api.py:984] "
+    print(prefix + "failed (exitcode: 1) local_rank: 0 (pid: 9) of binary: python", *["=" * 60] * 40, sep="\\n")
     sys.exit(1)
 (folder / "metrics.jsonl").write_text("".join(json.dumps({"step": s}) + "\\n" for s in (1, 2, 3)))
 """
@@ -53,6 +55,7 @@ def test_failures_are_tried_again_then_reported_and_stop_nobody(tmp_path):
     statuses = {name: how.status for name, how in ended.items()}
     assert statuses == {"fine": "done", "fails": "failed", "fails-once": "done", "diverges": "diverged"}
     assert ended["fails"].fault == "exit status 1\nno memory"
+    assert ended["diverges"].fault == "E the loss of step 3 is nan on rank 0"  # and not what torchrun said after it
     starts = {name: len((tmp_path / name / "starts").read_text()) for name in statuses}
     assert starts == {"fine": 1, "fails": 2, "fails-once": 2, "diverges": 1}
     assert (tmp_path / "fine" / "evaluated").read_text() == "once"

@@ -49,11 +49,11 @@ def test_what_counts(tmp_path, changed, text, counts):
     for path, source in FILES.items():
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_text(source)
-    before = sources_hash(tmp_path, "app.train", ("app", "lib"))
+    before = sources_hash(tmp_path, ["app.train"], ("app", "lib"))
     (tmp_path / changed).write_text(text)
-    assert (sources_hash(tmp_path, "app.train", ("app", "lib")) != before) is counts
+    assert (sources_hash(tmp_path, ["app.train"], ("app", "lib")) != before) is counts
 
 
 def test_a_module_that_is_not_there_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"there is no module pipeline\.train below"):
-        sources_hash(tmp_path, "pipeline.train", ("pipeline",))
+        sources_hash(tmp_path, ["pipeline.train"], ("pipeline",))

@@ -64,6 +64,32 @@ def test_a_best_at_an_end_of_a_grid_is_extended_for_every_arm_alike():
     assert unextended == design
 
 
+def test_a_grid_ends_before_rates_that_cannot_be_run():
+    design, log = made_up_design(trials=30), []
+
+    def check(asked):
+        if asked.rates.get("tables", 0) > 1:
+            raise ValueError("tables above 1")
+
+    tuned, rates = tune(design, executor(log, {**BEST, "tables": 3.0}), seed=0, max_extensions=2, check=check)
+    assert tuned == design
+    assert rates["muon"]["tables"] == 0.8
+    assert max(ask.rates.get("tables", 0) for ask in log) == 0.8
+
+
+def test_a_value_that_is_no_number_is_not_the_best():
+    design = made_up_design(trials=4)
+
+    def execute(design, asked):
+        found = executor([])(design, asked)
+        return [dataclasses.replace(run, valid={"ndcg@10": float("nan")}) if run.trial == 0 else run for run in found]
+
+    _, rates = tune(design, execute, seed=0, max_extensions=0)
+    first = []
+    tune(design, executor(first), seed=0, max_extensions=0)
+    assert all(rates[ask.arm] != ask.rates for ask in first if ask.trial == 0)
+
+
 def test_failed_trials_count_as_worst_and_an_arm_without_any_other_gets_no_final_runs():
     design = made_up_design(trials=2, seeds=(1, 2), budgets=(1.0, 0.5))
     broken = {("muon", number) for number in range(20)}

@@ -1,5 +1,6 @@
 """The compare stage over a made-up train command, and once over the real ones."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -10,7 +11,7 @@ import pytest
 import yaml
 from filelock import FileLock
 
-from muonrec.comparison.results import RESULTS, TARGETS, read_comparison
+from muonrec.comparison.results import RESULTS, TARGETS, read_comparison, write_results
 from muonrec.comparison.tuning import Asked
 from muonrec.config import load_config, parse_config
 from muonrec.data.synthetic import SyntheticSource
@@ -159,6 +160,14 @@ def test_arms_are_tuned_alike_then_run_over_the_seeds_and_nothing_twice(run, tmp
     assert trained(tmp_path) == 0
     run(trials=1, seeds=[1])
     assert trained(tmp_path) == 4
+
+    # Another data set is refused before anything is trained.
+    known = read_comparison(tmp_path / "out")
+    other = dataclasses.replace(known.design, facts={**known.design.facts, "fingerprint": "0" * 40})
+    write_results(tmp_path / "out", other, known.runs)
+    with pytest.raises(ValueError, match=r"are of another data set \(fingerprint 000000000000\) than .* holds"):
+        run(trials=1, seeds=[1, 3])
+    assert trained(tmp_path) == 0
 
 
 def test_a_failed_run_is_reported_the_others_go_on_and_it_is_tried_again(run, tmp_path):
