@@ -17,15 +17,16 @@ from rich.console import Console
 from rich.table import Table
 
 from muonrec.comparison.aggregate import aggregated
-from muonrec.comparison.aggregate_report import write_aggregate_report
+from muonrec.comparison.aggregate_report import total_cells, write_aggregate_report
 from muonrec.comparison.answer import answer
-from muonrec.comparison.numbers import Answer
+from muonrec.comparison.numbers import Answer, ArmAnswer
 from muonrec.comparison.protocol import check_seeds
-from muonrec.comparison.report import write_comparison_report
+from muonrec.comparison.report import reached, write_comparison_report
 from muonrec.comparison.results import Comparison, read_comparison
 from muonrec.comparison.tuning import final_runs, tune
-from muonrec.comparison.verdict import shown
+from muonrec.comparison.verdict import shown, spread
 from muonrec.config import Config, describe, load_config
+from muonrec.page import pretty
 from muonrec.runlog import configure_logging, run_stage
 from pipeline.compared_runs import Runs
 
@@ -226,54 +227,48 @@ def report(comparison: Comparison, folder: str | Path) -> None:
 
 def aggregate(folders: Sequence[str], *, to: str | Path) -> None:
     """Print the mean over several comparisons of what an arm gains over the control, and write it as a page."""
-    comparisons = [read_comparison(folder) for folder in folders]
+    comparisons = [(one, answer(one)) for one in map(read_comparison, folders)]
     found = aggregated(comparisons)
-    table = Table(title=f"means over {len(folders)} comparisons, full budget", title_justify="left")
-    for heading in ("arm", "NDCG@10 more", "steps fewer to 99 %", "to 100 %", "never reach 99 %, 100 %"):
-        table.add_column(heading)
-    for total in found:
-        never = ", ".join(f"{count} of {total.num_pairs}" for count in total.num_censored)
-        table.add_row(total.arm, shown(total.metric), *(shown(interval) for interval in total.steps_saved), never)
-    Console().print(table)
-    logger.info("report: %s", write_aggregate_report([(one, answer(one)) for one in comparisons], found, to))
+    if rows := total_cells(found):
+        title = f"means over the full budget of {len(folders)} comparison{'s' * (len(folders) > 1)}"
+        table = Table(*rows[0], title=title, title_justify="left")
+        for cells in rows:
+            table.add_row(*cells.values())
+        Console().print(table)
+    for flag in found.flags:
+        logger.warning("%s", flag)
+    logger.info("report: %s", write_aggregate_report(comparisons, found, to))
 
 
 def print_answer(name: str, found: Answer) -> None:
     """Show the arms beside each other, what a reader must know, and the verdict."""
-    metric = found.metric
     for budget, arms in found.arms.items():
-        table = Table(title=f"{name}, budget {budget:g}", title_justify="left")
-        columns = (
-            "arm",
-            "rates",
-            f"test {metric}",
-            "to the control",
-            "steps to 99 %",
-            "events/s",
-            "optimizer",
-            "memory",
-        )
-        for heading in columns:
-            table.add_column(heading)
-        for arm in arms.values():
-            value = arm.test.get(metric)
-            target = arm.targets[0] if arm.targets else None
-            table.add_row(
-                arm.arm,
-                "" if value is None else f"{value.mean:.4f} ± {value.sd:.4f}",
-                "" if value is None or value.difference is None else shown(value.difference),
-                "" if target is None else ", ".join(f"{'>' * r.is_censored}{r.steps:,}" for r in target.reached),
-                f"{arm.events_per_s:,.0f}",
-                f"{arm.optimizer_share:.0%}",
-                f"{arm.peak_memory_bytes / 2**20:,.0f} MiB",
-                style="bold" if arm.arm == found.control else None,
-            )
+        rows = [_cells(arm, found.metric) for arm in arms.values()]
+        table = Table(*rows[0], title=f"{name}, budget {budget:g}", title_justify="left")
+        for cells in rows:
+            table.add_row(*cells.values(), style="bold" if cells["arm"] == found.control else None)
         Console().print(table)
     for arm in next(iter(found.arms.values()), {}).values():
         Console().print(f"{arm.arm}: {', '.join(f'{rate} {value:g}' for rate, value in arm.rates.items())}")
     for flag in found.flags:
         logger.warning("%s", flag)
     Console().print(found.verdict)
+
+
+def _cells(arm: ArmAnswer, metric: str) -> dict[str, str]:
+    """What the table says of an arm, by heading."""
+    value = arm.test.get(metric)
+    steps, _ = reached(next(iter(arm.targets), None), "steps")
+    return {
+        "arm": arm.arm,
+        "seeds": str(len(arm.seeds)),
+        f"test {pretty(metric)}": "–" if value is None else spread(value),
+        "to the control": "" if value is None else shown(value.difference),
+        "steps to 99 %": steps,
+        "events/s": f"{arm.events_per_s:,.0f}" if arm.events_per_s else "–",
+        "optimizer": f"{arm.optimizer_share:.0%}" if arm.optimizer_share else "–",
+        "memory": f"{arm.peak_memory_bytes / 2**20:,.0f} MiB" if arm.peak_memory_bytes else "–",
+    }
 
 
 if __name__ == "__main__":

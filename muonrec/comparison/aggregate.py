@@ -1,84 +1,183 @@
 """Means over several comparisons, as papers report them: how much better, and in how many fewer steps."""
 
-# R = bootstrap resamples
-
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import numpy as np
 
-from muonrec.comparison.answer import LEVELS, pairs_of, resample, steps_to
+from muonrec.comparison.answer import LEVELS
+from muonrec.comparison.bootstrap import combined
+from muonrec.comparison.numbers import Answer, ArmAnswer
+from muonrec.comparison.protocol import differences
 from muonrec.comparison.results import Comparison
-from muonrec.metrics import Interval, interval_of
+from muonrec.metrics import Interval
+
+Found = tuple[Comparison, Answer]
 
 
 @dataclasses.dataclass(frozen=True)
-class Aggregate:
+class ArmAggregate:
     """One arm over several comparisons at the full budget, each of them with the same weight.
 
     Args:
         arm: its name.
-        num_comparisons: that have finished runs of the arm and of their control.
-        num_pairs: runs of the arm with a control of the same seed, in all.
-        metric: mean relative difference of the main test metric.
+        comparisons: names of those that have runs of the arm and of their control for the same seed.
+        num_pairs: such runs, in all.
+        better: mean over the comparisons of the relative difference of the main test metric, positive where the arm is
+            better, whichever way the metric goes.
         steps_saved: mean of ``1 - arm / control`` of the steps to each of `LEVELS`, as in `Target`.
-        num_censored: runs that never reach each of `LEVELS`, counted with their last evaluation.
+        num_censored: runs that never reach each of `LEVELS`: where there are any, the mean is an upper bound.
     """
 
     arm: str
-    num_comparisons: int
+    comparisons: tuple[str, ...]
     num_pairs: int
-    metric: Interval | None
+    better: Interval | None
     steps_saved: tuple[Interval | None, ...]
     num_censored: tuple[int, ...]
 
 
-def aggregated(comparisons: Sequence[Comparison], *, num_resamples: int = 1000, seed: int = 0) -> list[Aggregate]:
-    """Every arm that is not the control, over the comparisons that have it.
+@dataclasses.dataclass(frozen=True)
+class Aggregate:
+    """What several comparisons show together.
 
-    The 95 % intervals resample seeds, and users for the metric, within each comparison, and not the comparisons: they
-    say how sure the mean over these is, and nothing of other data.
+    Args:
+        metric, higher_is_better: the main one, which all of them have in common.
+        arms: all that are not the control, where a comparison has runs of them.
+        flags: what a reader must know, a sentence each: comparisons that are left out, intervals that are not known,
+            arms that are not the same everywhere.
     """
-    arms = dict.fromkeys(name for one in comparisons for name in one.arms if name != one.design.control)
-    return [found for name in arms if (found := _aggregate(name, comparisons, num_resamples, seed)) is not None]
+
+    metric: str
+    higher_is_better: bool
+    arms: tuple[ArmAggregate, ...]
+    flags: tuple[str, ...]
 
 
-def _aggregate(arm: str, comparisons: Sequence[Comparison], num_resamples: int, seed: int) -> Aggregate | None:
-    metrics: list[tuple[float, np.ndarray]] = []
-    steps: list[list[tuple[float, np.ndarray]]] = [[] for _ in LEVELS]
-    num_censored, num_pairs, num_comparisons = [0] * len(LEVELS), 0, 0
-    for place, one in enumerate(comparisons):
-        budget = max(one.design.budgets)
-        pairs = pairs_of(one, arm, budget) if arm in one.arms else []
-        if not pairs:
-            continue
-        num_comparisons += 1
-        num_pairs += len(pairs)
-        resampled = resample(one, budget, num_resamples=num_resamples, seed=seed + place)
-        difference = resampled.difference(pairs, one.design.metric)
-        draws_R = resampled.differences(pairs, one.design.metric)
-        if difference is not None and draws_R is not None:
-            metrics.append((difference.mean, draws_R))
-        generator = np.random.default_rng([seed, place])
-        for index, level in enumerate(LEVELS):
-            both = steps_to(one.design, pairs, level)
-            if both:
-                num_censored[index] += sum(own.is_censored for own, _ in both)
-                saved = np.array([1.0 - own.steps / control.steps for own, control in both])
-                # One seed less than there are, as `Resampled.differences` has it.
-                draws = generator.integers(len(saved), size=(num_resamples, max(len(saved) - 1, 1)))
-                steps[index].append((float(saved.mean()), saved[draws].mean(axis=1)))
-    if not num_comparisons:
-        return None
-    return Aggregate(
-        arm, num_comparisons, num_pairs, _mean(metrics), tuple(_mean(own) for own in steps), tuple(num_censored)
+def aggregated(found: Sequence[Found]) -> Aggregate:
+    """The mean over comparisons of what each says of its arms.
+
+    The estimates and their 95 % intervals are the comparisons' own, `combined` as of independent errors, and the
+    comparisons are taken as they are, not as a sample of others: the interval says how sure the mean over these is, and
+    nothing of other data. It is infinite where one of them has none.
+
+    Args:
+        found: comparisons and their answers.
+
+    Raises:
+        ValueError: there are none, they differ in their main metric, or one of them was given twice.
+    """
+    if not found:
+        raise ValueError("a mean over no comparisons was asked; pass at least one and its answer")
+    designs = [comparison.design for comparison, _ in found]
+    metrics = {(design.metric, design.higher_is_better): design.name for design in reversed(designs)}
+    if len(metrics) > 1:
+        listed = ", ".join(f"{name} by {metric}" for (metric, _), name in metrics.items())
+        raise ValueError(f"comparisons of unlike metrics have no mean: {listed}; aggregate those of one metric")
+    arms = dict.fromkeys(name for one, _ in found for name in one.arms if name != one.design.control)
+    flags = [
+        f"{one.design.name} is left out: it has no finished final runs at the full budget."
+        for one, answer in found
+        if not at_full_budget(one, answer)
+    ]
+    totals = []
+    for name in arms:
+        _check_distinct(name, [one for one, _ in found])
+        members = [
+            (one, arm)
+            for one, answer in found
+            if name != one.design.control and (arm := at_full_budget(one, answer).get(name)) and arm.paired_seeds
+        ]
+        flags += _flags(name, found, members)
+        if members:
+            totals.append(_mean(name, members))
+    return Aggregate(designs[0].metric, designs[0].higher_is_better, tuple(totals), tuple(flags))
+
+
+def better(difference: Interval | None, *, higher_is_better: bool) -> Interval | None:
+    """A relative difference as that by which an arm is better: with the other sign for a metric that should fall."""
+    if difference is None or higher_is_better:
+        return difference
+    return Interval(-difference.mean, -difference.high, -difference.low)
+
+
+def at_full_budget(comparison: Comparison, answer: Answer) -> dict[str, ArmAnswer]:
+    """The arms with finished final runs at the largest budget, by name."""
+    return answer.arms.get(max(comparison.design.budgets), {})
+
+
+def difference_of(comparison: Comparison, arm: ArmAnswer) -> Interval | None:
+    """By how much the arm differs from the control in the main test metric."""
+    metric = comparison.design.metric
+    return arm.test[metric].difference if metric in arm.test else None
+
+
+def _mean(arm: str, members: Sequence[tuple[Comparison, ArmAnswer]]) -> ArmAggregate:
+    design = members[0][0].design
+    differences = [difference_of(one, own) for one, own in members]
+    targets = [[target for _, own in members for target in own.targets if target.level == level] for level in LEVELS]
+    return ArmAggregate(
+        arm,
+        tuple(one.design.name for one, _ in members),
+        sum(len(own.paired_seeds) for _, own in members),
+        better(_mean_of(differences), higher_is_better=design.higher_is_better),
+        tuple(_mean_of([target.steps_saved for target in own]) for own in targets),
+        tuple(sum(target.num_censored for target in own) for own in targets),
     )
 
 
-def _mean(found: Sequence[tuple[float, np.ndarray]]) -> Interval | None:
-    if not found:
+def _mean_of(intervals: Sequence[Interval | None]) -> Interval | None:
+    known = [interval for interval in intervals if interval is not None]
+    if not known:
         return None
-    means, draws = zip(*found, strict=True)
-    return interval_of(float(np.mean(means)), np.mean(draws, axis=0))
+    return combined(float(np.mean([one.mean for one in known])), [(1 / len(known), one) for one in known])
+
+
+def _check_distinct(arm: str, comparisons: Sequence[Comparison]) -> None:
+    """Refuse two comparisons with a run of ``arm`` in common: counted twice, it would make the mean look surer."""
+    owners: dict[tuple[object, ...], str] = {}
+    for one in comparisons:
+        runs = one.finals(arm, max(one.design.budgets)) if arm in one.arms else []
+        keys = [(run.run, *sorted(run.test.items())) for run in runs]
+        if twice := next((owners[key] for key in keys if key in owners), None):
+            raise ValueError(
+                f"the comparisons {twice} and {one.design.name} have runs of {arm} in common; give each comparison once"
+            )
+        owners.update(dict.fromkeys(keys, one.design.name))
+
+
+def _flags(arm: str, found: Sequence[Found], members: Sequence[tuple[Comparison, ArmAnswer]]) -> list[str]:
+    flags = []
+    names = {id(one) for one, _ in members}
+    for one, answer in found:
+        if arm in one.arms and arm != one.design.control and at_full_budget(one, answer) and id(one) not in names:
+            flags.append(
+                f"{one.design.name} is left out of the means of {arm}: at the full budget it has no seed with finished "
+                f"runs of both {arm} and {one.design.control}."
+            )
+    for one, own in members:
+        name = one.design.name
+        difference = difference_of(one, own)
+        if difference is None:
+            flags.append(f"{name} is left out of the mean difference of {arm}: the control's metric is not above 0.")
+        if not own.targets:
+            flags.append(f"{name} is left out of the mean steps of {arm}: it has no validation curves.")
+        if len(own.paired_seeds) == 1:
+            of_users = difference is not None and math.isfinite(difference.low)
+            flags.append(
+                f"{name} has one seed of {arm}, so that the mean steps have no interval"
+                + (
+                    ", and its difference is over users alone."
+                    if of_users
+                    else ", and neither has the mean difference."
+                )
+            )
+    settings = [(one.design.name, one.design.arm(arm).overrides) for one, _ in members]
+    for name, overrides in settings[1:]:
+        for path, (first, other) in differences(settings[0][1], overrides).items():
+            where = f"{first!r} in {settings[0][0]}, {other!r} in {name}"
+            flags.append(f"{arm} is not the same everywhere: {path} is {where}.")
+    return flags

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from muonrec.comparison.aggregate import Aggregate
+from muonrec.comparison.aggregate import Aggregate, Found, at_full_budget, better, difference_of
 from muonrec.comparison.answer import LEVELS
 from muonrec.comparison.figures import FIGURES
 from muonrec.comparison.forest import Mark, Row, draw_forest, label_rows, level_handles, level_marker
-from muonrec.comparison.numbers import Answer, ArmAnswer
-from muonrec.comparison.report import relative, saved
+from muonrec.comparison.numbers import Answer
 from muonrec.comparison.results import Comparison
+from muonrec.comparison.verdict import shown, spread
 from muonrec.figures import COLOURS, GREY, save_figures, subplots
 from muonrec.page import pretty, write_page
 
@@ -20,10 +20,8 @@ AGGREGATE = "aggregate.html"
 # What Shan et al. 2026 (arXiv 2603.00416) report on average: NDCG@10 more, and steps to convergence fewer.
 _PAPER = (0.126, 0.324)
 
-Found = tuple[Comparison, Answer]
 
-
-def write_aggregate_report(found: Sequence[Found], totals: Sequence[Aggregate], folder: str | Path) -> Path:
+def write_aggregate_report(found: Sequence[Found], totals: Aggregate, folder: str | Path) -> Path:
     """Write ``aggregate.html`` and ``figures/aggregate.png`` over the full budgets of several comparisons.
 
     Args:
@@ -33,63 +31,72 @@ def write_aggregate_report(found: Sequence[Found], totals: Sequence[Aggregate], 
 
     Raises:
         ImportError: matplotlib or jinja2 is missing.
-        ValueError: no comparison was given.
     """
-    if not found:
-        raise ValueError("a report over no comparisons was asked; pass at least one and its answer")
-    metrics = list(dict.fromkeys(pretty(comparison.design.metric) for comparison, _ in found))
-    figures = save_figures({"aggregate": lambda: _draw(found, totals, metrics)}, Path(folder) / FIGURES)
+    figures = save_figures({"aggregate": lambda: _draw(found, totals)}, Path(folder) / FIGURES)
     return write_page(
         Path(folder) / AGGREGATE,
         "comparison/aggregate.html.j2",
         title=f"{len(found)} comparisons" if len(found) > 1 else found[0][0].design.name,
-        metric=", ".join(metrics),
+        flags=totals.flags,
+        totals=total_cells(totals),
         levels=[f"{100 * level:.0f} %" for level in LEVELS],
-        totals=[
-            {
-                "arm": total.arm,
-                "comparisons": total.num_comparisons,
-                "runs": total.num_pairs,
-                "metric": relative(total.metric) or "–",
-                "steps": [saved(interval) or "–" for interval in total.steps_saved],
-                "never": [f"{number} of {total.num_pairs}" for number in total.num_censored],
-            }
-            for total in totals
-        ],
         comparisons=[_facts(comparison, answer) for comparison, answer in found],
         figures=figures,
     )
 
 
-def _at_full_budget(answer: Answer) -> dict[str, ArmAnswer]:
-    return answer.arms[max(answer.arms)] if answer.arms else {}
+def total_cells(totals: Aggregate) -> list[dict[str, str]]:
+    """For each arm what the table of means says of it, by heading."""
+    rows = []
+    for total in totals.arms:
+        cells = {
+            "arm": total.arm,
+            "comparisons": str(len(total.comparisons)),
+            "runs": str(total.num_pairs),
+            _metric(totals): shown(total.better) or "–",
+        }
+        for level, interval, number in zip(LEVELS, total.steps_saved, total.num_censored, strict=True):
+            goal = f"{100 * level:.0f} %"
+            cells[f"fewer steps to {goal}"] = shown(interval, is_bound=number > 0) or "–"
+            cells[f"never reach {goal}"] = "–" if interval is None else f"{number} of {total.num_pairs}"
+        rows.append(cells)
+    return rows
+
+
+def _metric(totals: Aggregate) -> str:
+    return f"test {pretty(totals.metric)} {'more' if totals.higher_is_better else 'less'}"
 
 
 def _facts(comparison: Comparison, answer: Answer) -> dict[str, Any]:
-    arms = _at_full_budget(answer)
     rows = []
-    for name, arm in arms.items():
-        measured = arm.test.get(answer.metric, arm.valid)
-        steps = {target.level: saved(target.steps_saved) for target in arm.targets}
-        difference = "" if name == answer.control else relative(measured.difference) or "–"
-        cells = [f"{measured.mean:.4f}", difference, *(steps.get(level, "") for level in LEVELS)]
+    for name, arm in at_full_budget(comparison, answer).items():
+        measured = arm.test.get(answer.metric)
+        steps = {target.level: shown(target.steps_saved, is_bound=target.is_bound) for target in arm.targets}
+        difference = "" if name == answer.control else shown(difference_of(comparison, arm)) or "–"
+        cells = ["–" if measured is None else spread(measured), difference, *(steps.get(level, "") for level in LEVELS)]
         rows.append((name, str(len(arm.seeds)), cells))
-    return {"name": comparison.design.name, "verdict": answer.verdict, "flags": answer.flags, "rows": rows}
+    return {
+        "name": comparison.design.name,
+        "metric": f"test {pretty(answer.metric)}",
+        "verdict": answer.verdict,
+        "flags": answer.flags,
+        "rows": rows,
+    }
 
 
-def _draw(found: Sequence[Found], totals: Sequence[Aggregate], metrics: Sequence[str]) -> Any:
+def _draw(found: Sequence[Found], totals: Aggregate) -> Any:
     rows: list[Row] = []
-    for place, total in enumerate(totals):
+    for place, total in enumerate(totals.arms):
         colour = COLOURS[(place + 1) % len(COLOURS)]  # the control would have the first
         rows.append(Row(total.arm, is_header=True))
         for comparison, answer in found:
-            arm = _at_full_budget(answer).get(total.arm)
+            arm = at_full_budget(comparison, answer).get(total.arm)
             if arm is None or total.arm == answer.control:
                 continue
-            difference = arm.test[answer.metric].difference if answer.metric in arm.test else None
+            difference = better(difference_of(comparison, arm), higher_is_better=totals.higher_is_better)
             targets = {target.level: target for target in arm.targets}
             marks = [
-                Mark(target.steps_saved, level_marker(level), is_bound=target.num_censored > 0)
+                Mark(target.steps_saved, level_marker(level), is_bound=target.is_bound)
                 for level in LEVELS
                 if (target := targets.get(level)) is not None
             ]
@@ -98,14 +105,14 @@ def _draw(found: Sequence[Found], totals: Sequence[Aggregate], metrics: Sequence
             Mark(interval, level_marker(level), is_bound=number > 0)
             for level, interval, number in zip(LEVELS, total.steps_saved, total.num_censored, strict=True)
         ]
-        rows.append(Row("mean", [[Mark(total.metric)], marks], colour, is_total=True))
+        rows.append(Row("mean", [[Mark(total.better)], marks], colour, is_total=True))
     if not rows:
         return None
     figure, [axes] = subplots(2, height=1.35 + 0.42 * len(rows), sharey=True)
-    draw_forest(axes, rows, labels=[f"test {', '.join(metrics)} to the control's", "fewer steps than the control"])
+    draw_forest(axes, rows, labels=[f"{_metric(totals)} than the control's", "fewer steps than the control"])
     label_rows(axes, rows)
     for axis, value in zip(axes, _PAPER, strict=True):
-        if metrics == ["NDCG@10"] and axis.get_xlim()[0] < value < axis.get_xlim()[1]:
+        if totals.metric == "ndcg@10" and axis.get_xlim()[0] < value < axis.get_xlim()[1]:
             axis.axvline(value, color=GREY, linestyle=":", linewidth=1)
             axis.annotate("paper", (value, -0.6), (3, -9), textcoords="offset points", fontsize=8, color=GREY)
     handles, names = level_handles(axes[1], LEVELS)

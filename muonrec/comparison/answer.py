@@ -6,11 +6,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
+from typing import TypeVar
 
 import numpy as np
 
-from muonrec.comparison.bootstrap import Resampled, t_interval
+from muonrec.comparison.bootstrap import Paired, Pairs, mean_of, relative_t_interval, t_interval
 from muonrec.comparison.numbers import Answer, ArmAnswer, Group, Measured, Reached, Target
 from muonrec.comparison.results import Comparison, Design, RunResult
 from muonrec.comparison.search import END, edges
@@ -20,35 +21,38 @@ from muonrec.report import first_reaching
 
 LEVELS = (0.99, 1.0)
 _POPULARITY = ("tail", "middle", "head")
-Pairs = Sequence[tuple[RunResult, RunResult]]
+_FEW_SEEDS = 3  # fewer say next to nothing of how much seeds differ
+Some = TypeVar("Some")
 
 
 def answer(comparison: Comparison, *, num_resamples: int = 1000, seed: int = 0) -> Answer:
     """Everything that the runs say so far, and the verdict.
 
-    Differences are relative to the control, over the seeds that both arms have; see `Resampled` for their intervals.
+    Differences are relative to the control, over the seeds that both arms have; see `Paired` for their intervals.
 
     Args:
         comparison: finished or not.
         num_resamples, seed: of the bootstrap.
     """
     design = comparison.design
+    parts = _parts(comparison)
     arms: dict[float, dict[str, ArmAnswer]] = {}
     for budget in design.budgets:
-        if finals := {name: runs for name in comparison.arms if (runs := comparison.finals(name, budget))}:
-            resampled = resample(comparison, budget, num_resamples=num_resamples, seed=seed)
-            arms[budget] = {name: _arm_answer(comparison, budget, finals, name, resampled) for name in finals}
+        for name in comparison.arms:
+            if comparison.finals(name, budget):
+                own = paired(comparison, name, budget, num_resamples=num_resamples, seed=seed)
+                arms.setdefault(budget, {})[name] = _arm_answer(comparison, budget, name, own, parts)
     found = Answer(design.control, design.metric, arms, flags(comparison), "")
-    return dataclasses.replace(found, verdict=verdict(design, found))
+    return dataclasses.replace(found, verdict=verdict(comparison, found))
 
 
-def resample(comparison: Comparison, budget: float, *, num_resamples: int = 1000, seed: int = 0) -> Resampled:
-    """The bootstrap of all final runs of ``budget``."""
-    runs = [run for name in comparison.arms for run in comparison.finals(name, budget)]
-    metrics = list(dict.fromkeys([comparison.design.metric, *(name for run in runs for name in run.test)]))
+def paired(comparison: Comparison, arm: str, budget: float, *, num_resamples: int = 1000, seed: int = 0) -> Paired:
+    """The runs of ``arm`` at ``budget`` beside the control's, with every metric that they have."""
+    pairs = [] if arm == comparison.design.control else pairs_of(comparison, arm, budget)
+    metrics = list(dict.fromkeys([comparison.design.metric, *(name for pair in pairs for name in pair[0].test)]))
     users_N = None if comparison.targets is None else comparison.targets["user_id"]
     parts = {label: is_in_N for labelled in _parts(comparison).values() for label, is_in_N in labelled.items()}
-    return Resampled(runs, metrics, users_N, parts, num_resamples=num_resamples, seed=seed)
+    return Paired(pairs, metrics, users_N, parts, num_resamples=num_resamples, seed=seed)
 
 
 def pairs_of(comparison: Comparison, arm: str, budget: float) -> list[tuple[RunResult, RunResult]]:
@@ -57,21 +61,16 @@ def pairs_of(comparison: Comparison, arm: str, budget: float) -> list[tuple[RunR
     return [(run, controls[run.seed]) for run in comparison.finals(arm, budget) if run.seed in controls]
 
 
-def saved(pairs: Pairs, when: Callable[[RunResult], float]) -> list[float]:
+def saved(pairs: Iterable[tuple[Some, Some]], when: Callable[[Some], float]) -> list[float]:
     """``1 - arm / control`` of each seed, of what ``when`` says."""
     return [1.0 - when(arm) / when(control) for arm, control in pairs if when(control) > 0]
-
-
-def steps_to(design: Design, pairs: Pairs, level: float) -> list[tuple[Reached, Reached]]:
-    """When the arm, and when its control, reach ``level`` of the control's best, for each seed that has one."""
-    found = [(reached(design, arm, control, level), reached(design, control, control, level)) for arm, control in pairs]
-    return [(arm, control) for arm, control in found if arm is not None and control is not None]
 
 
 def reached(design: Design, run: RunResult, control: RunResult, level: float) -> Reached | None:
     """When ``run`` reaches ``level`` of the best median of three of ``control``; None if that has none.
 
-    For a metric that falls, a level of 0.99 is a hundredth above the lowest.
+    For a metric that falls, a level of 0.99 is a hundredth above the lowest. A run that never gets there counts with
+    its whole budget, even if it ended early.
     """
     sign = 1.0 if design.higher_is_better else -1.0
     three = list(zip(control.curve_value, control.curve_value[1:], control.curve_value[2:], strict=False))
@@ -83,8 +82,11 @@ def reached(design: Design, run: RunResult, control: RunResult, level: float) ->
         for step, seconds, value in zip(run.curve_step, run.curve_seconds, run.curve_value, strict=True)
     ]
     point = first_reaching(points, "value", best * level if best > 0 else best / level)
-    found = point or points[-1]
-    return Reached(found["step"], found["seconds"], point is None)
+    if point is not None:
+        return Reached(point["step"], point["seconds"], is_censored=False)
+    last = points[-1]
+    steps = max(run.num_steps, last["step"])
+    return Reached(steps, last["seconds"] * steps / max(last["step"], 1), is_censored=True)
 
 
 def flags(comparison: Comparison) -> list[str]:
@@ -108,44 +110,71 @@ def flags(comparison: Comparison) -> list[str]:
                 own = [run for run in comparison.current if (run.arm, run.stage) == (arm.name, stage)]
                 if number := sum(run.status == status for run in own):
                     found.append(f"{number} of {len(own)} {what} of {arm.name} {verb}.")
+        missing: dict[str, list[str]] = {}
+        few: dict[int, list[str]] = {}
         for budget in design.budgets:
-            missing = set(design.seeds) - {run.seed for run in comparison.finals(arm.name, budget)}
-            if missing:
-                listed = ", ".join(map(str, sorted(missing)))
-                found.append(f"{arm.name} at budget {budget:g} lacks seed{'s' * (len(missing) > 1)} {listed}.")
-    for what, key in (("sources", "sources_hash"), ("devices", "device")):
-        several = sorted({getattr(run, key) for run in comparison.current if getattr(run, key)})
+            if lacking := set(design.seeds) - {run.seed for run in comparison.finals(arm.name, budget)}:
+                listed = f"seed{'s' * (len(lacking) > 1)} {', '.join(map(str, sorted(lacking)))}"
+                missing.setdefault(listed, []).append(f"{budget:g}")
+            if arm.name != design.control and 0 < (number := len(pairs_of(comparison, arm.name, budget))) < _FEW_SEEDS:
+                few.setdefault(number, []).append(f"{budget:g}")
+        for seeds, budgets in missing.items():
+            found.append(f"{arm.name} at budget {' and '.join(budgets)} lacks {seeds}.")
+        for number, budgets in few.items():
+            what = (
+                f"{number} seeds: so few make wide intervals" if number > 1 else "1 seed, which says nothing of another"
+            )
+            found.append(f"{arm.name} at budget {' and '.join(budgets)} is held against {design.control} over {what}.")
+        early = [run for budget in design.budgets for run in comparison.finals(arm.name, budget) if _ended_early(run)]
+        if early:
+            ends = ", ".join(f"{run.curve_step[-1]:,} of {run.num_steps:,}" for run in early)
+            found.append(
+                f"{len(early)} final run{'s' * (len(early) > 1)} of {arm.name} ended early, at step {ends}: a target "
+                "never reached counts with the whole budget, and the area under the curve goes on at the last value."
+            )
+    for what, stage, key in (
+        ("trials are of {} sources", "tune", "sources_hash"),
+        ("final runs are of {} sources", "final", "sources_hash"),
+        ("final runs are of {} devices", "final", "device"),
+        ("final runs are of {} machines, and seconds compared where both are of one", "final", "machine"),
+    ):
+        several = sorted({value for run in comparison.current if run.stage == stage and (value := getattr(run, key))})
         if len(several) > 1:
-            found.append(f"The runs are of {len(several)} {what}: {', '.join(several)}.")
+            found.append(f"The {what.format(len(several))}: {'; '.join(several)}.")
     return found
 
 
+def _ended_early(run: RunResult) -> bool:
+    """Whether the last validation is further from the last step than validations are from each other."""
+    return bool(run.curve_step) and run.curve_step[-1] + run.curve_step[0] <= run.num_steps
+
+
 def _arm_answer(
-    comparison: Comparison,
-    budget: float,
-    finals: Mapping[str, Sequence[RunResult]],
-    arm: str,
-    resampled: Resampled,
+    comparison: Comparison, budget: float, arm: str, own: Paired, parts: Mapping[str, Mapping[str, np.ndarray]]
 ) -> ArmAnswer:
-    design, runs, pairs = comparison.design, finals[arm], pairs_of(comparison, arm, budget)
+    design, runs, pairs = comparison.design, comparison.finals(arm, budget), pairs_of(comparison, arm, budget)
     is_control = arm == design.control
 
-    def measured(metric: str, part: str = "") -> Measured:
-        values = [resampled.mean(run, metric, part) for run in runs]
-        return _measured(values, None if is_control else resampled.difference(pairs, metric, part))
+    def measured(value: Callable[[RunResult], float], difference: Interval | None) -> Measured:
+        values = tuple(value(run) for run in runs)
+        sd = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+        arm_S, control_S = ([value(pair[side]) for pair in pairs] for side in (0, 1))
+        both = (float(np.mean(arm_S)), float(np.mean(control_S))) if pairs else None
+        return Measured(values, float(np.mean(values)), sd, difference, both)
+
+    def tested(metric: str, part: str = "", is_in_N: np.ndarray | None = None) -> Measured:
+        return measured(lambda run: mean_of(run, metric, is_in_N), own.difference(metric, part))
 
     def by_seed(value: Callable[[RunResult], float]) -> Measured:
-        relative = t_interval([-share for share in saved(pairs, value)])
-        return _measured([value(run) for run in runs], None if is_control else relative)
+        arm_S, control_S = ([value(pair[side]) for pair in pairs] for side in (0, 1))
+        return measured(value, None if is_control else relative_t_interval(arm_S, control_S))
 
     def group(label: str, is_in_N: np.ndarray) -> Group:
         users = np.unique(comparison.targets["user_id"][is_in_N]) if comparison.targets is not None else ()
-        metric = measured(design.metric, label) if is_in_N.any() else None
+        metric = tested(design.metric, label, is_in_N) if is_in_N.any() else None
         return Group(label, int(is_in_N.sum()), len(users), metric)
 
     best_trial = comparison.best_trial(arm)
-    wanted = (arm, "final", budget)
-    unfinished = [run for run in comparison.current if (run.arm, run.stage, run.budget) == wanted]
     means = {
         name: float(np.mean([getattr(run, name) for run in runs]))
         for name in ("events_per_s", "optimizer_share", "peak_memory_bytes", "seconds")
@@ -154,14 +183,13 @@ def _arm_answer(
         arm=arm,
         budget=budget,
         seeds=tuple(run.seed for run in runs),
+        paired_seeds=tuple(run.seed for run, _ in pairs),
         rates=best_trial.rates if best_trial is not None else runs[0].rates,
-        num_failed=sum(run.status != "done" for run in unfinished),
-        test={name: measured(name) for name in runs[0].test},
+        test={name: tested(name) for name in runs[0].test},
         valid=by_seed(lambda run: run.valid.get(design.metric, math.nan)),
         area=by_seed(_area),
         groups={
-            title: [group(label, is_in_N) for label, is_in_N in labelled.items()]
-            for title, labelled in _parts(comparison).items()
+            title: [group(label, is_in_N) for label, is_in_N in labelled.items()] for title, labelled in parts.items()
         },
         targets=tuple(target for level in LEVELS if (target := _target(design, pairs, level, is_control=is_control))),
         steps_to_own_best=tuple(run.best_step for run in runs),
@@ -171,24 +199,34 @@ def _arm_answer(
 
 
 def _target(design: Design, pairs: Pairs, level: float, *, is_control: bool) -> Target | None:
-    both = steps_to(design, pairs, level)
+    both, timed = [], []
+    for run, control in pairs:
+        own, other = reached(design, run, control, level), reached(design, control, control, level)
+        if own is not None and other is not None:
+            both.append((own, other))
+            if run.machine == control.machine:
+                timed.append((own, other))
     if not both:
         return None
     return Target(
         level=level,
-        reached=tuple(arm for arm, _ in both),
-        num_censored=sum(arm.is_censored for arm, _ in both),
-        steps_saved=None if is_control else t_interval([1 - arm.steps / control.steps for arm, control in both]),
-        seconds_saved=None if is_control else t_interval([1 - arm.seconds / control.seconds for arm, control in both]),
+        reached=tuple(own for own, _ in both),
+        num_censored=sum(own.is_censored for own, _ in both),
+        steps_saved=None if is_control else t_interval(saved(both, lambda one: one.steps)),
+        seconds_saved=None if is_control else t_interval(saved(timed, lambda one: one.seconds)),
     )
 
 
 def _area(run: RunResult) -> float:
-    """Mean height of the validation curve, from the first evaluation to the last; NaN without any."""
-    steps, values = run.curve_step, run.curve_value
-    if not steps:
+    """Mean height of the validation curve, from the first evaluation to the last step of the budget; NaN without any.
+
+    Where a run ended early its last value is carried to the end, so that all are over the same range.
+    """
+    if not run.curve_step:
         return math.nan
-    return float(np.trapezoid(values, steps) / (steps[-1] - steps[0])) if len(steps) > 1 else values[0]
+    steps = [*run.curve_step, max(run.num_steps, run.curve_step[-1])]
+    values = [*run.curve_value, run.curve_value[-1]]
+    return float(np.trapezoid(values, steps) / (steps[-1] - steps[0])) if steps[-1] > steps[0] else values[0]
 
 
 def _parts(comparison: Comparison) -> dict[str, dict[str, np.ndarray]]:
@@ -206,8 +244,3 @@ def _parts(comparison: Comparison) -> dict[str, dict[str, np.ndarray]]:
         shown = names if kind == "popularity" else [f"{label} events" for label in labels]
         parts[kind] = {label: group_N == index for index, label in enumerate(shown)}
     return parts
-
-
-def _measured(values: Sequence[float], difference: Interval | None) -> Measured:
-    sd = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
-    return Measured(tuple(values), float(np.mean(values)), sd, difference)

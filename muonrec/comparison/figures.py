@@ -129,7 +129,7 @@ def _draw_savings(comparison: Comparison, answer: Answer) -> Any:
             return None
         panels = [
             [
-                Mark(getattr(target, key), level_marker(target.level), is_bound=target.num_censored > 0)
+                Mark(getattr(target, key), level_marker(target.level), is_bound=target.is_bound)
                 for target in found.targets
             ]
             for key in ("steps_saved", "seconds_saved")

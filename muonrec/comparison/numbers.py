@@ -15,15 +15,17 @@ class Measured:
         values: of each seed, in the order of `ArmAnswer.seeds`.
         mean, sd: over the seeds; ``sd`` with one degree of freedom less, 0 for a single seed.
         difference: relative to the control over the seeds that both have (0.05 is 5 % more); None for the control
-            itself, or where the control's is not positive. The 95 % interval of test metrics is a paired bootstrap over
-            seeds and users; where the runs kept no values by target, and of other numbers, it is a t interval over
-            seeds, infinite for one.
+            itself, or where the control's is not positive. The 95 % interval of test metrics is over users and seeds,
+            see `Paired`; where the runs kept no values by target, and of other numbers, it is a t interval over seeds,
+            infinite for one.
+        both: means of the arm and of the control over the seeds that both have; None where there are none.
     """
 
     values: tuple[float, ...]
     mean: float
     sd: float
     difference: Interval | None = None
+    both: tuple[float, float] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,8 +49,8 @@ class Reached:
     """When a run first reached a target.
 
     Args:
-        steps, seconds: of the first evaluation whose median of three is at the target; the run's last where it is
-            never.
+        steps, seconds: of the first evaluation whose median of three is at the target; where it is never, all steps of
+            the budget, and the seconds that they would take.
         is_censored: never within the budget, so that both are lower bounds.
     """
 
@@ -67,8 +69,8 @@ class Target:
         num_censored: seeds that never reach it.
         steps_saved, seconds_saved: mean over seeds of ``1 - arm / control``, where the control reaches its own best at
             the same level, with its 95 % t interval over seeds, which is infinite for one seed; None for the control. A
-            seed that never reaches counts with its last evaluation, which makes the saving an upper bound, marked by
-            ``num_censored``.
+            seed that never reaches counts with its whole budget, which makes the saving an upper bound. Seconds are of
+            the seeds whose two runs were on one machine; None without any.
     """
 
     level: float
@@ -76,6 +78,11 @@ class Target:
     num_censored: int
     steps_saved: Interval | None
     seconds_saved: Interval | None
+
+    @property
+    def is_bound(self) -> bool:
+        """Whether a seed never reaches it, so that the savings are upper bounds."""
+        return self.num_censored > 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,11 +93,11 @@ class ArmAnswer:
         arm: its name.
         budget: fraction of the full steps.
         seeds: of its finished runs.
+        paired_seeds: those of them of which the control has a finished run, too.
         rates: tuned, by name.
-        num_failed: final runs that did not end well.
         test: metrics on the test targets, by name.
         valid: the main metric at each run's best validation.
-        area: area under the validation curve, as its mean height from the first evaluation to the last.
+        area: area under the validation curve, as its mean height from the first evaluation to the end of the budget.
         groups: the main metric on parts of the test targets: ``popularity`` (tail, middle, head) and ``length``.
         targets: steps and seconds to each level.
         steps_to_own_best: step of each seed's own best validation, which is what the paper prints.
@@ -102,8 +109,8 @@ class ArmAnswer:
     arm: str
     budget: float
     seeds: tuple[int, ...]
+    paired_seeds: tuple[int, ...]
     rates: dict[str, float]
-    num_failed: int
     test: dict[str, Measured]
     valid: Measured
     area: Measured
@@ -126,8 +133,8 @@ class Answer:
         metric: the main metric.
         arms: by budget, in falling order, then by name in the order of the design; arms without a finished final run
             are left out.
-        flags: what a reader must know: a best value at the edge of a grid, failed runs, unequal numbers of trials,
-            targets never reached; a sentence each.
+        flags: what a reader must know: a best value at the edge of a grid, failed runs, few seeds, runs that ended
+            early, unequal numbers of trials; a sentence each.
         verdict: one paragraph, written from the numbers.
     """
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import numpy as np
 from muonrec.comparison.figures import FIGURES, budget_name, draw_comparison, looks
 from muonrec.comparison.numbers import Answer, ArmAnswer, Measured, Target
 from muonrec.comparison.results import Arm, Comparison
+from muonrec.comparison.verdict import lost_seeds, shown, spread
 from muonrec.metrics import Interval
 from muonrec.page import duration, percent, pretty, short, write_page
 from muonrec.report import REPORT
@@ -79,7 +79,7 @@ def _quality(comparison: Comparison, answer: Answer) -> dict[str, Any]:
     columns = ["seeds", *(f"test {pretty(name)}" for name in names), "best validation", "area under the curve"]
 
     def cells(arm: ArmAnswer) -> list[Cell]:
-        seeds = (str(len(arm.seeds)), f"{arm.num_failed} failed" if arm.num_failed else "")
+        seeds = (str(len(arm.seeds)), lost_seeds(comparison, arm.arm, arm.budget))
         return [seeds, *(_measured(arm.test.get(name)) for name in names), _measured(arm.valid), _measured(arm.area)]
 
     return _table(comparison, answer, columns, cells)
@@ -91,12 +91,12 @@ def _soon(comparison: Comparison, answer: Answer) -> dict[str, Any]:
 
     def cells(arm: ArmAnswer) -> list[Cell]:
         targets = {target.level: target for target in arm.targets}
-        reached = [_reached(targets.get(level), what) for level in levels for what in ("steps", "seconds")]
+        soon = [reached(targets.get(level), what) for level in levels for what in ("steps", "seconds")]
         own = (
             f"{np.mean(arm.steps_to_own_best):,.0f}" if arm.steps_to_own_best else "–",
             saved(arm.steps_to_own_best_saved),
         )
-        return [*reached, own]
+        return [*soon, own]
 
     return _table(comparison, answer, [*columns, "steps to own best"], cells)
 
@@ -115,34 +115,25 @@ def _cost(comparison: Comparison, answer: Answer) -> dict[str, Any]:
 
 
 def _measured(value: Measured | None) -> Cell:
-    if value is None or not math.isfinite(value.mean):
-        return "–", ""
-    text = f"{value.mean:.4f}" + (f" ± {value.sd:.4f}" if len(value.values) > 1 else "")
-    return text, relative(value.difference)
+    return ("–", "") if value is None else (spread(value), shown(value.difference))
 
 
-def relative(interval: Interval | None) -> str:
-    """``+5.1 % (+3.2 to +7.0)``; empty for none."""
-    if interval is None or not math.isfinite(interval.mean):
+def saved(interval: Interval | None, *, is_bound: bool = False) -> str:
+    """A saving as what is added: ``−32.4 % (−40.1 to −20.0)``; ``≥ −32.4 %`` where it is an upper bound."""
+    if interval is None:
         return ""
-    if not math.isfinite(interval.low) or not math.isfinite(interval.high):
-        return f"{percent(interval.mean)}, no interval"
-    ends = [percent(end).removesuffix(" %") for end in (interval.low, interval.high)]
-    return f"{percent(interval.mean)} ({ends[0]} to {ends[1]})"
+    if is_bound:
+        return f"≥ {percent(-interval.mean)}"
+    return shown(Interval(-interval.mean, -interval.high, -interval.low))
 
 
-def saved(interval: Interval | None) -> str:
-    """A saving as what is added: ``−32.4 % (−40.1 to −20.0)``."""
-    return "" if interval is None else relative(Interval(-interval.mean, -interval.high, -interval.low))
-
-
-def _reached(target: Target | None, what: str) -> Cell:
-    """Mean over the seeds; ``> N`` where one of them never gets there, since its last evaluation counts then."""
+def reached(target: Target | None, what: str) -> Cell:
+    """Mean over the seeds; ``> N`` where one of them never gets there, since its whole budget counts then."""
     if target is None or not target.reached:
         return "–", ""
     mean = float(np.mean([getattr(one, what) for one in target.reached]))
-    text = f"{'> ' if target.num_censored else ''}{mean:,.0f}"
-    fewer = saved(target.steps_saved if what == "steps" else target.seconds_saved)
+    text = f"{'> ' * target.is_bound}{mean:,.0f}"
+    fewer = saved(target.steps_saved if what == "steps" else target.seconds_saved, is_bound=target.is_bound)
     if not target.num_censored:
         return text, fewer
     never = f"{target.num_censored} of {len(target.reached)} seeds never"
@@ -185,7 +176,10 @@ def _rate(arm: Arm, name: str, value: float | None) -> dict[str, Any]:
 
 def _protocol(comparison: Comparison) -> dict[str, Any]:
     design = comparison.design
-    sources = sorted({run.sources_hash for run in comparison.current if run.sources_hash})
+    hashes = {
+        what: sorted({run.sources_hash for run in comparison.current if run.stage == stage and run.sources_hash})
+        for what, stage in (("trials", "tune"), ("final runs", "final"))
+    }
     arms = [
         {
             "name": arm.name,
@@ -200,7 +194,7 @@ def _protocol(comparison: Comparison) -> dict[str, Any]:
         "seeds": ", ".join(map(str, design.seeds)),
         "budgets": ", ".join(budget_name(comparison, budget) for budget in design.budgets),
         "arms": arms,
-        "sources": sources,
+        "sources": [(what, own) for what, own in hashes.items() if own],
         "devices": sorted({run.device for run in comparison.current if run.device}),
     }
 

@@ -70,7 +70,7 @@ def _run(arm, stage, budget, seed, trial, rates, lift, evaluations, ranks=None) 
     best = int(np.argmax(values))
     per_step_s = 0.06 if arm == "muon" else 0.05
     done = RunResult(
-        run=f"{arm}-{stage}-{budget:g}-{seed}-{trial}",
+        run=f"{arm}-{stage}-{budget:g}-{seed}-{trial}-{lift:g}",
         arm=arm,
         stage=stage,
         budget=budget,

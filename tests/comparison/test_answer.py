@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from muonrec.comparison.aggregate import aggregated
-from muonrec.comparison.answer import answer, flags, pairs_of, reached, resample
-from muonrec.comparison.bootstrap import Resampled, t_interval
+from muonrec.comparison.aggregate_report import total_cells
+from muonrec.comparison.answer import answer, flags, paired, pairs_of, reached
+from muonrec.comparison.bootstrap import Paired, t_interval
 from muonrec.comparison.results import Comparison, Design, RunResult
 from muonrec.metrics import paired_bootstrap_difference
 from tests.comparison.made_up import made_up_comparison, made_up_design
@@ -24,30 +25,86 @@ def found(comparison):
     return answer(comparison, num_resamples=400)
 
 
-def test_the_interval_is_that_of_a_loop_over_resampled_seeds_and_users(comparison):
+def test_the_interval_is_that_of_a_loop_over_users_and_students_over_seeds(comparison):
     pairs = pairs_of(comparison, "muon", 1.0)
     users = np.arange(300) // 2  # every user has two targets
-    resampled = Resampled([run for pair in pairs for run in pair], ["ndcg@10"], users, {}, num_resamples=4000)
-    interval = resampled.difference(pairs, "ndcg@10")
+    interval = Paired(pairs, ["ndcg@10"], users, {}, num_resamples=4000).difference("ndcg@10")
 
     values = np.array([[run.per_target("ndcg@10") for run in pair] for pair in pairs])  # [seeds, 2, targets]
     generator, ratios = np.random.default_rng(5), []
     for _ in range(4000):
-        sums = np.zeros(2)
         chosen = generator.integers(150, size=150)
-        for seed in generator.integers(3, size=2):  # one less than there are
-            for side in range(2):
-                sums[side] += values[seed, side].reshape(150, 2)[chosen].sum()
+        sums = [sum(values[seed, side].reshape(150, 2)[chosen].sum() for seed in range(3)) for side in range(2)]
         ratios.append(sums[0] / sums[1] - 1)
-    assert interval.mean == pytest.approx(values[:, 0].mean() / values[:, 1].mean() - 1, rel=1e-12)
+    ratio = values[:, 0].mean() / values[:, 1].mean()
+    assert interval.mean == pytest.approx(ratio - 1, rel=1e-12)
+
+    # What each seed and each user add to the ratio, and the share of its variance over users that all seeds have.
+    added = (values[:, 0] - ratio * values[:, 1]).reshape(3, 150, 2).sum(axis=2) / values[:, 1].mean() / 300
+    over_seeds = 4.303 * np.std(added.sum(axis=1), ddof=1) / math.sqrt(3)
+    apart = [
+        np.sum((added[seed] - added.mean(axis=0) - np.mean(added[seed] - added.mean(axis=0))) ** 2) for seed in range(3)
+    ]
+    share = 1 - sum(apart) / 2 / 3 / np.sum(added.mean(axis=0) ** 2)
+    assert 0.1 < share < 0.9
+    low, high = np.quantile(ratios, [0.025, 0.975])
+    expected = [
+        min(low, ratio - 1 - math.sqrt(share * (ratio - 1 - low) ** 2 + over_seeds**2)),
+        max(high, ratio - 1 + math.sqrt(share * (high - ratio + 1) ** 2 + over_seeds**2)),
+    ]
     # The quantiles of 4000 draws scatter by about a thirtieth of the interval's width.
-    width = interval.high - interval.low
-    np.testing.assert_allclose([interval.low, interval.high], np.quantile(ratios, [0.025, 0.975]), atol=0.08 * width)
+    np.testing.assert_allclose([interval.low, interval.high], expected, atol=0.06 * (high - low))
+
+
+def null_pairs(regime, num_seeds, generator):
+    """Runs of two arms that are equal over all users and seeds: what differs is chance."""
+
+    def values(arm):
+        if regime == "seeds":  # 1 % from seed to seed, and so many users that they average out
+            return level * (1 + 0.01 * generator.normal())
+        if regime == "users":  # every seed serves the same users
+            return hits[arm]
+        return (generator.random(200) < level).astype(float)  # every run serves others, of few
+
+    level = generator.random(200)
+    hits = generator.random((2, 200)) < level
+    return [
+        tuple(
+            RunResult(f"{arm}{seed}", f"{arm}", "final", 1.0, seed, None, {}, per_unit={"x": values(arm) * 1.0})
+            for arm in range(2)
+        )
+        for seed in range(num_seeds)
+    ]
+
+
+@pytest.mark.parametrize("regime", ["seeds", "users", "seeds of few users"])
+def test_equal_arms_are_told_apart_no_more_often_than_the_interval_says(regime):
+    """Of 150 trials 7.5 are 5 %, give or take 2.7; a bootstrap over few seeds finds a difference in half of them."""
+    for num_seeds in (2, 3, 5):
+        generator = np.random.default_rng(17)
+        found = 0
+        for _ in range(150):
+            pairs = null_pairs(regime, num_seeds, generator)
+            interval = Paired(pairs, ["x"], None, {}, num_resamples=150).difference("x")
+            found += not interval.contains_zero
+        assert found <= 0.08 * 150, (num_seeds, found)
+
+
+def test_five_seeds_are_not_absurdly_wide():
+    generator = np.random.default_rng(3)
+    for regime in ("seeds", "users", "seeds of few users"):
+        intervals = [
+            Paired(null_pairs(regime, 5, generator), ["x"], None, {}, num_resamples=150).difference("x")
+            for _ in range(60)
+        ]
+        error = np.std([interval.mean for interval in intervals])
+        reach = np.median([interval.high - interval.low for interval in intervals]) / 2
+        assert 1.7 < reach / error < 3.3, regime  # 1.96 if the errors were known, 2.78 from five numbers
 
 
 def test_with_one_seed_it_is_the_paired_bootstrap_over_users(comparison):
     ((arm, control), *_) = pairs_of(comparison, "muon", 1.0)
-    ours = Resampled([arm, control], ["ndcg@10"], None, {}, num_resamples=4000).difference([(arm, control)], "ndcg@10")
+    ours = Paired([(arm, control)], ["ndcg@10"], None, {}, num_resamples=4000).difference("ndcg@10")
     theirs = paired_bootstrap_difference(
         control.per_target("ndcg@10"), arm.per_target("ndcg@10"), num_resamples=4000, seed=3
     )
@@ -60,15 +117,30 @@ def test_without_values_by_target_it_is_students_interval_over_seeds():
         return RunResult(f"{arm}{seed}", arm, "final", 1.0, seed, None, {}, test={"auc": value})
 
     pairs = [(run("muon", seed, 0.8 + 0.01 * seed), run("control", seed, 0.8)) for seed in (1, 2, 3)]
-    resampled = Resampled([run for pair in pairs for run in pair], ["auc"], None, {})
-    interval = resampled.difference(pairs, "auc")
+    interval = Paired(pairs, ["auc"], None, {}).difference("auc")
     assert interval.mean == pytest.approx(0.025)
     assert interval == pytest.approx(t_interval([0.0125, 0.025, 0.0375]))
-    drawn = resampled.differences(pairs, "auc")  # what an aggregate is made of
-    assert (drawn.min(), drawn.max()) == (pytest.approx(0.0125), pytest.approx(0.0375))
-    one = resampled.difference(pairs[:1], "auc")
+    one = Paired(pairs[:1], ["auc"], None, {}).difference("auc")
     assert (one.mean, one.low, one.high) == (pytest.approx(0.0125), -math.inf, math.inf)
-    assert resampled.difference([], "auc") is None
+    assert Paired([], ["auc"], None, {}).difference("auc") is None
+
+
+def test_a_control_at_zero_has_no_relative_difference_and_the_verdict_says_so(comparison):
+    def zeroed(run, seeds):
+        if run.arm != "control" or run.seed not in seeds:
+            return run
+        greater = np.full_like(run.num_greater, 999) if run.num_greater is not None else None
+        return dataclasses.replace(run, num_greater=greater, test={"ndcg@10": 0.0}, valid={"ndcg@10": 0.0})
+
+    for seeds in ((1,), (1, 2, 3)):
+        said = answer(dataclasses.replace(comparison, runs=tuple(zeroed(run, seeds) for run in comparison.runs)))
+        muon = said.arms[1.0]["muon"]
+        control = said.arms[1.0]["control"].test["ndcg@10"].mean
+        if len(seeds) == 1:  # the mean over seeds is a divisor all the same
+            assert muon.test["ndcg@10"].difference.mean == pytest.approx(muon.test["ndcg@10"].mean / control - 1)
+        else:
+            assert muon.test["ndcg@10"].difference is None and muon.valid.difference is None
+            assert "there is no relative difference to 0." in said.verdict
 
 
 def test_the_t_interval_is_students():
@@ -107,6 +179,29 @@ def test_a_target_is_reached_by_the_median_of_three_of_the_controls_best():
     assert reached(design, run(0.1, 0.2), run(0.1, 0.2), 1.0) is None
 
 
+def test_a_run_that_ends_early_counts_with_its_whole_budget(comparison):
+    def cut(run):
+        if (run.arm, run.stage, run.budget, run.seed) != ("muon", "final", 1.0, 1):
+            return run
+        kept = {name: getattr(run, name)[:3] for name in ("curve_step", "curve_seconds", "curve_value")}
+        return dataclasses.replace(run, **kept)
+
+    cut_short = dataclasses.replace(comparison, runs=tuple(cut(run) for run in comparison.runs))
+    control, short = comparison.finals("control")[0], cut_short.finals("muon")[0]
+    when = reached(comparison.design, short, control, 1.0)
+    assert (short.curve_step[-1], short.num_steps) == (300, 2000)
+    assert dataclasses.astuple(when) == (2000, pytest.approx(2000 * 0.06), True)
+    muon = answer(cut_short, num_resamples=50).arms[1.0]["muon"]
+    first, second, last = short.curve_value
+    area = ((first + second) / 2 * 100 + (second + last) / 2 * 100 + last * 1700) / 1900
+    assert muon.area.values[0] == pytest.approx(area)
+    said = [flag for flag in flags(cut_short) if "ended early" in flag]
+    assert len(said) == 1 and said[0].startswith(
+        "1 final run of muon ended early, at step 300 of 2,000: a target never"
+    )
+    assert not any("ended early" in flag for flag in flags(comparison))
+
+
 def test_every_number_of_an_arm_is_that_of_its_runs(comparison, found):
     muon, runs = found.arms[1.0]["muon"], comparison.finals("muon")
     controls = comparison.finals("control")
@@ -115,8 +210,9 @@ def test_every_number_of_an_arm_is_that_of_its_runs(comparison, found):
     values = [run.test["ndcg@10"] for run in runs]
     assert muon.test["ndcg@10"].values == pytest.approx(values)
     assert muon.test["ndcg@10"].sd == pytest.approx(np.std(values, ddof=1))
-    relative = [run.valid["ndcg@10"] / other.valid["ndcg@10"] - 1 for run, other in zip(runs, controls, strict=True)]
-    assert muon.valid.difference.mean == pytest.approx(np.mean(relative))
+    means = [np.mean([run.valid["ndcg@10"] for run in own]) for own in (runs, controls)]
+    assert muon.valid.both == pytest.approx(means)
+    assert muon.valid.difference.mean == pytest.approx(means[0] / means[1] - 1)
     run = runs[0]
     heights = [(a + b) / 2 for a, b in zip(run.curve_value, run.curve_value[1:])]
     assert muon.area.values[0] == pytest.approx(np.mean(heights))  # its evaluations are evenly spaced
@@ -139,7 +235,8 @@ def test_parts_of_the_targets_are_those_of_their_bounds(comparison, found):
     run, control = comparison.finals("muon")[0], comparison.finals("control")[0]
     means = [other.per_target("ndcg@10")[counts <= 5].mean() for other in (run, control)]
     assert tail.metric.values[0] == pytest.approx(means[0])
-    one = resample(comparison, 1.0).difference([(run, control)], "ndcg@10", "tail (<=5)")
+    alone = dataclasses.replace(comparison, runs=(run, control))
+    one = paired(alone, "muon", 1.0).difference("ndcg@10", "tail (<=5)")
     assert one.mean == pytest.approx(means[0] / means[1] - 1)
     assert [group.label for group in found.arms[1.0]["muon"].groups["length"]] == [
         "<=5 events", "6-10 events", "11-20 events", ">20 events",
@@ -179,8 +276,22 @@ def test_flags_name_what_a_reader_must_know(comparison):
     assert any(f"The best dense rate of muon, {best.rates['dense']:g}, is the upper end" in flag for flag in said)
     assert "1 of 6 trials of control diverged." in said
     assert "2 of 6 final runs of muon failed." in said
-    assert "muon at budget 0.5 lacks seed 2." in said
-    assert f"The runs are of 2 sources: {'s' * 12}, {'t' * 12}." in said
+    assert "muon at budget 1 and 0.5 lacks seed 2." in said
+    for what in ("trials", "final runs"):
+        assert f"The {what} are of 2 sources: {'s' * 12}; {'t' * 12}." in said
+
+
+def test_seconds_are_compared_where_both_runs_were_on_one_machine(comparison):
+    def moved(run):
+        return dataclasses.replace(run, machine="fast" if run.arm == "muon" and run.seed > 1 else "slow")
+
+    said = answer(dataclasses.replace(comparison, runs=tuple(moved(run) for run in comparison.runs)), num_resamples=20)
+    target = said.arms[1.0]["muon"].targets[0]
+    (run, control), *_ = pairs_of(comparison, "muon", 1.0)
+    own, other = (reached(comparison.design, one, control, 0.99) for one in (run, control))
+    assert target.seconds_saved == (pytest.approx(1 - own.seconds / other.seconds), -math.inf, math.inf)
+    assert math.isfinite(target.steps_saved.low)
+    assert "The final runs are of 2 machines, and seconds compared where both are of one: fast; slow." in said.flags
 
 
 def test_what_is_not_there_yet_is_said():
@@ -200,17 +311,127 @@ def test_what_is_not_there_yet_is_said():
     assert "muon reaches test AUC 0.8000, +14.3 %" in said.verdict
 
 
-def test_an_aggregate_is_the_mean_over_comparisons_of_equal_weight():
-    two = [made_up_comparison(lift=lift, num_users=200, evaluations=20) for lift in (0.02, 0.1)]
-    answers = [answer(one, num_resamples=300).arms[1.0]["muon"] for one in two]
-    (one_rate, muon) = aggregated(two, num_resamples=300)
-    assert (one_rate.arm, muon.arm, muon.num_comparisons, muon.num_pairs) == ("one-rate", "muon", 2, 6)
-    assert muon.metric.mean == pytest.approx(np.mean([one.test["ndcg@10"].difference.mean for one in answers]))
-    assert muon.metric.low < muon.metric.mean < muon.metric.high
+def lose(comparison, arm, seeds, status="diverged"):
+    """The comparison after final runs of an arm were lost."""
+    runs = [
+        dataclasses.replace(run, status=status, test={}, num_greater=None, num_equal=None)
+        if (run.arm, run.stage) == (arm, "final") and run.seed in seeds
+        else run
+        for run in comparison.runs
+    ]
+    return dataclasses.replace(comparison, runs=tuple(runs))
+
+
+def test_the_verdict_compares_the_seeds_that_both_have_and_names_the_lost(comparison):
+    lost = lose(lose(lose(comparison, "muon", [1]), "control", [3], "failed"), "one-rate", [1, 2, 3])
+    said = answer(lost, num_resamples=100)
+    (run,) = [run for run in lost.finals("muon") if run.seed == 2]
+    (control,) = [run for run in lost.finals("control") if run.seed == 2]
+    own, other = run.test["ndcg@10"], control.test["ndcg@10"]
+    assert (
+        f"muon reaches test NDCG@10 {own:.4f} and control {other:.4f} over the one seed that both have" in said.verdict
+    )
+    assert said.arms[1.0]["muon"].test["ndcg@10"].difference.mean == pytest.approx(own / other - 1)
+    assert "(one seed: over users alone, so it says nothing of another seed)." in said.verdict
+    assert "(mean of 2 seeds). Of control, 1 of 3 seeds failed." in said.verdict
+    assert "Of muon, 1 of 3 seeds diverged." in said.verdict
+    assert "one-rate has no finished final run (3 of 3 seeds diverged), so nothing can be said of it." in said.verdict
+    assert "muon at budget 1 and 0.5 is held against control over 1 seed, which says nothing of another." in said.flags
+    two = flags(lose(comparison, "muon", [1]))
+    assert "muon at budget 1 and 0.5 is held against control over 2 seeds: so few make wide intervals." in two
+    assert (
+        "control, has no finished run (3 of 3 seeds failed)"
+        in answer(lose(comparison, "control", [1, 2, 3], "failed")).verdict
+    )
+
+
+def aggregate_of(*comparisons):
+    return aggregated([(one, answer(one, num_resamples=50)) for one in comparisons])
+
+
+@pytest.fixture(scope="module")
+def two():
+    both = [
+        made_up_comparison(lift=lift, num_users=200 + 10 * i, evaluations=20, budgets=(1.0,))
+        for i, lift in enumerate((0.02, 0.1))
+    ]
+    return [
+        dataclasses.replace(one, design=dataclasses.replace(one.design, name=name)) for one, name in zip(both, "ab")
+    ]
+
+
+def test_an_aggregate_is_the_mean_of_the_comparisons_own_numbers(two):
+    answers = [answer(one, num_resamples=50).arms[1.0]["muon"] for one in two]
+    (one_rate, muon) = aggregate_of(*two).arms
+    assert (one_rate.arm, muon.arm, muon.comparisons, muon.num_pairs) == ("one-rate", "muon", ("a", "b"), 6)
+    own = [one.test["ndcg@10"].difference for one in answers]
+    assert muon.better.mean == pytest.approx(np.mean([interval.mean for interval in own]))
+    # Independent errors, of which the mean has half: surer than the less sure one, and no surer than that says.
+    assert muon.better.low == pytest.approx(muon.better.mean - np.hypot(*(one.mean - one.low for one in own)) / 2)
+    assert muon.better.high == pytest.approx(muon.better.mean + np.hypot(*(one.high - one.mean for one in own)) / 2)
     for index in range(2):
-        saved = [one.targets[index].steps_saved.mean for one in answers]
-        assert muon.steps_saved[index].mean == pytest.approx(np.mean(saved))
-    # Independent comparisons: the mean is surer than either.
-    widths = [one.test["ndcg@10"].difference for one in answers]
-    assert muon.metric.high - muon.metric.low < min(interval.high - interval.low for interval in widths)
+        saved = [one.targets[index].steps_saved for one in answers]
+        reach = np.hypot(*(one.high - one.mean for one in saved)) / 2
+        assert muon.steps_saved[index] == pytest.approx(
+            (np.mean([one.mean for one in saved]), *np.mean([one.mean for one in saved]) + [-reach, reach])
+        )
     assert one_rate.num_censored == (6, 6)
+    assert total_cells(aggregate_of(*two))[0]["fewer steps to 99 %"].startswith("≤ ")
+
+
+def test_an_aggregate_says_what_it_does_not_know_and_refuses_what_has_no_mean(two):
+    a, b = two
+    with pytest.raises(ValueError, match="a and again have runs of one-rate in common; give each comparison once"):
+        aggregate_of(a, dataclasses.replace(a, design=dataclasses.replace(a.design, name="again")))
+    with pytest.raises(ValueError, match=r"unlike metrics have no mean: .*a by ndcg@10"):
+        aggregated(
+            [
+                (one, answer(a, num_resamples=5))
+                for one in (a, dataclasses.replace(b, design=dataclasses.replace(b.design, metric="mrr")))
+            ]
+        )
+    with pytest.raises(ValueError, match="over no comparisons"):
+        aggregated([])
+
+    # One seed has no interval over seeds, and a comparison without runs counts nowhere.
+    alone = lose(b, "muon", [2, 3])
+    found = aggregate_of(a, alone, dataclasses.replace(b, runs=(), design=dataclasses.replace(b.design, name="c")))
+    muon = next(arm for arm in found.arms if arm.arm == "muon")
+    assert muon.comparisons == ("a", "b") and muon.num_pairs == 4
+    assert muon.steps_saved[0].low == -math.inf and math.isfinite(muon.better.low)
+    assert "c is left out: it has no finished final runs at the full budget." in found.flags
+    assert any(
+        flag.startswith("b has one seed of muon, so that the mean steps have no interval") for flag in found.flags
+    )
+    nowhere = aggregate_of(a, lose(b, "muon", [1, 2, 3]))
+    assert any(
+        flag.startswith("b is left out of the means of muon: at the full budget it has no seed")
+        for flag in nowhere.flags
+    )
+    assert nowhere.arms[1].comparisons == ("a",)
+
+    arms = [
+        dataclasses.replace(arm, overrides={**arm.overrides, "dense_optimizer.ns_steps": 6}) for arm in b.design.arms
+    ]
+    other = dataclasses.replace(b, design=dataclasses.replace(b.design, arms=tuple(arms)))
+    (flag,) = [flag for flag in aggregate_of(a, other).flags if flag.startswith("muon is not the same")]
+    assert flag == "muon is not the same everywhere: dense_optimizer.ns_steps is None in a, 6 in b."
+
+
+def test_in_an_aggregate_more_is_better_whichever_way_the_metric_goes():
+    def of(name, losses):
+        runs = [
+            RunResult(f"{name}{arm}{seed}", arm, "final", 1.0, seed, None, {}, test={"log_loss": loss + 0.001 * seed})
+            for arm, loss in losses.items()
+            for seed in (1, 2, 3)
+        ]
+        design = Design(name, made_up_design().arms[1:], "control", "log_loss", higher_is_better=False, seeds=(1, 2, 3))
+        return Comparison(design, tuple(runs))
+
+    found = aggregate_of(of("a", {"control": 0.5, "muon": 0.45}), of("b", {"control": 0.4, "muon": 0.38}))
+    (muon,) = found.arms
+    assert muon.better.mean == pytest.approx(((1 - 0.452 / 0.502) + (1 - 0.382 / 0.402)) / 2)
+    assert muon.better.low < muon.better.mean < muon.better.high
+    (cells,) = total_cells(found)
+    assert cells["test Log loss less"].startswith("+7.5 %") and cells["fewer steps to 99 %"] == "–"
+    assert any("a is left out of the mean steps of muon" in flag for flag in found.flags)

@@ -11,6 +11,8 @@ from muonrec.comparison.answer import answer
 from muonrec.comparison.figures import common_curves, rate_panels, target_value
 from muonrec.comparison.report import _fingerprints, write_comparison_report
 from muonrec.comparison.results import Arm, Comparison, Design, RunResult
+from muonrec.comparison.verdict import shown
+from pipeline.compare import print_answer
 from tests.comparison.made_up import made_up_comparison, made_up_design
 from tests.test_report import text_of
 
@@ -120,18 +122,41 @@ def test_what_a_callable_yields_is_reported_without_groups_and_spectra(tmp_path)
 
 
 def test_several_comparisons_are_drawn_below_each_other_with_their_mean(whole, tmp_path):
-    other = dataclasses.replace(whole[0], design=dataclasses.replace(whole[0].design, name="other <i>"))
-    found = [whole, (other, whole[1])]
-    totals = aggregated([whole[0], other], num_resamples=50)
-    path = write_aggregate_report(found, totals, tmp_path)
+    other = renamed(made_up_comparison(num_users=150, evaluations=20, budgets=(1.0,), seeds=(1, 2)), "muon", HOSTILE)
+    other = dataclasses.replace(other, design=dataclasses.replace(other.design, name="other <i>"))
+    found = [whole, (other, answer(other, num_resamples=50))]
+    path = write_aggregate_report(found, aggregated(found), tmp_path)
     text = text_of(path)
     assert "2 comparisons" in text and "other <i>" in text and "<i>" not in path.read_text()
     difference = whole[1].arms[1.0][HOSTILE].test["ndcg@10"].difference
     assert f"{100 * difference.mean:+.1f} %" in text
-    assert "never reach it" in text and "4 of 4" in text
+    assert "never reach 99 %" in text and "4 of 4" in text and "≤ −" in text
     assert (tmp_path / "figures" / "aggregate.png").stat().st_size > 20_000
-    with pytest.raises(ValueError, match="over no comparisons"):
-        write_aggregate_report([], [], tmp_path)
+
+
+def test_every_cell_of_the_printed_table_stands_under_its_heading(whole, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    print_answer("made-up", whole[1])
+    lines = [
+        [cell.strip() for cell in line.split("┃" if "┃" in line else "│")]
+        for line in capsys.readouterr().out.splitlines()
+    ]
+    headings, *rows = [line[1:-1] for line in lines if len(line) > 2]
+    table = {row[0]: dict(zip(headings, row, strict=True)) for row in rows}
+    arm = whole[1].arms[1.0]["one-rate"]
+    value = arm.test["ndcg@10"]
+    assert list(table) == ["one-rate", "control", HOSTILE]
+    assert table["one-rate"] == {
+        "arm": "one-rate",
+        "seeds": "2",
+        "test NDCG@10": f"{value.mean:.4f} ± {value.sd:.4f}",
+        "to the control": shown(value.difference),
+        "steps to 99 %": "> 2,000",
+        "events/s": "36,000",
+        "optimizer": "3%",
+        "memory": "800 MiB",
+    }
+    assert table["control"]["to the control"] == ""
 
 
 def test_one_rate_for_all_appears_in_the_panel_of_each(whole):
