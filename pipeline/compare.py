@@ -80,8 +80,8 @@ class CompareConfig(Config):
     """What is compared, and how.
 
     Attributes:
-        output: folder of the comparison: ``results.parquet`` and ``targets.parquet``, to be kept, ``report.html``,
-            ``figures/`` and ``runs/``.
+        output: folder of the comparison: ``results.parquet``, to be kept, ``targets.parquet``, which follows from the
+            data, ``report.html``, ``figures/`` and ``runs/``.
         train: the experiment: path of its YAML, or the settings themselves.
         overrides: of the experiment, for every arm; sections are merged, so that ``overrides.data.source.path=FILE``
             sets that alone.

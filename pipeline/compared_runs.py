@@ -24,7 +24,6 @@ from muonrec.comparison.protocol import check_fingerprints, check_settings, chec
 from muonrec.comparison.queue import QUEUE_STATE, Ended, Job, Queue, slots
 from muonrec.comparison.results import (
     RESULTS,
-    TARGETS,
     Arm,
     Comparison,
     Design,
@@ -36,7 +35,8 @@ from muonrec.comparison.results import (
 from muonrec.comparison.sources import sources_hash
 from muonrec.comparison.tuning import Asked
 from muonrec.config import flat, parse_config, read_yaml, set_at, to_yaml
-from muonrec.data.shards import load_sequences
+from muonrec.data.loader import evaluation_targets
+from muonrec.data.shards import Sequences, load_sequences
 from muonrec.mesh import Ranks
 from muonrec.report import METRICS
 from muonrec.runlog import Progress
@@ -88,6 +88,7 @@ class Experiment:
         sequences = load_sequences(base.data.output)
         check_same_data(base.data, sequences.manifest)
         self.fingerprint = sequences.manifest.fingerprint
+        self.targets = targets_of_test(sequences)
         alone = Ranks(0, 1, torch.device("cpu"))
         steps_per_epoch = -(-make_loader(base, sequences, alone).steps_per_epoch // base.accumulate_steps)
         self.num_steps = base.num_steps or (base.num_epochs or 0) * steps_per_epoch
@@ -181,7 +182,7 @@ class Experiment:
 
 
 class Runs:
-    """Carries out what a comparison asks for, and keeps ``results.parquet`` up to date.
+    """Carries out what a comparison asks for, and keeps ``results.parquet`` up to date, ``targets.parquet`` beside it.
 
     Args:
         config: of the comparison.
@@ -200,7 +201,7 @@ class Runs:
         if earlier is not None:
             self._check_data(earlier)
         self._kept = Kept(earlier.runs if earlier else (), key=_identity, stands=self._stands)
-        self._targets = earlier.targets if earlier else None
+        write_targets(config.output, self._experiment.targets)
         steps = [self._experiment.num_steps] * self.design.trials
         steps += [self._experiment.steps(budget) for budget in self.design.budgets for _ in self.design.seeds]
         self.progress = Progress("compare", "steps", total=sum(steps) * len(self.design.arms))
@@ -212,7 +213,7 @@ class Runs:
     @property
     def comparison(self) -> Comparison:
         """All that is known so far."""
-        return Comparison(self.design, tuple(self._kept), self._targets)
+        return Comparison(self.design, tuple(self._kept), self._experiment.targets)
 
     def folder(self, run: str) -> Path:
         """Where a run writes."""
@@ -341,17 +342,27 @@ class Runs:
             logger.warning("%s diverged", job.name)
 
     def _check_targets(self, job: Job, targets: dict[str, np.ndarray]) -> None:
-        if self._targets is None:
-            self._targets = targets
-            write_targets(self._config.output, targets)
-        if not all(np.array_equal(column, targets[name]) for name, column in self._targets.items()):
+        wanted = self._experiment.targets
+        if not all(np.array_equal(column, targets[name]) for name, column in wanted.items()):
             raise ValueError(
-                f"{job.folder} was not ranked on the users and targets of {self._config.output / TARGETS}; "
-                "the data set has changed: compare into another output"
+                f"{job.folder} was not ranked on the test targets of {self._experiment.data_folder}, which has changed "
+                "since this start; compare into another output"
             )
 
     def _write(self) -> None:
         write_results(self._config.output, self.design, self._kept)
+
+
+def targets_of_test(sequences: Sequences) -> dict[str, np.ndarray]:
+    """What ``ranks.parquet`` of the eval stage says of the test targets of a data set, in its order."""
+    rows, places = sequences.locate(evaluation_targets(sequences, "test"), "test")
+    targets = sequences.values[sequences.offsets[rows] + places].astype(np.int64)
+    return {
+        "user_id": rows,
+        "target": targets,
+        "history_length": places,
+        "target_train_count": sequences.item_train_counts[targets],
+    }
 
 
 def _machine(ranks: int, at_once: int) -> str:

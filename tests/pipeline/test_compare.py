@@ -11,7 +11,7 @@ import pytest
 import yaml
 from filelock import FileLock
 
-from muonrec.comparison.results import RESULTS, TARGETS, read_comparison, write_results
+from muonrec.comparison.results import RESULTS, read_comparison, write_results
 from muonrec.comparison.tuning import Asked
 from muonrec.config import load_config, parse_config
 from muonrec.data.synthetic import SyntheticSource
@@ -55,9 +55,10 @@ else:
     import numpy as np, pyarrow as pa, pyarrow.parquet as pq
     config = yaml.safe_load((path / "resolved.yaml").read_text())
     most = 20 if config["dense_optimizer"]["name"] == "muon" else 30
-    greater = np.random.default_rng(config["seed"]).integers(0, most, 50)
-    columns = {"user_id": np.arange(50), "target": np.arange(50) % 40, "num_greater": greater, "num_equal": 0 * greater}
-    columns |= {"history_length": np.arange(50) + 1, "target_train_count": np.arange(50) + 1}
+    targets = pq.read_table(path.parent.parent / "targets.parquet")
+    greater = np.random.default_rng(config["seed"]).integers(0, most, len(targets))
+    columns = {name: targets[name] for name in targets.column_names}
+    columns |= {"num_greater": greater, "num_equal": 0 * greater}
     protocol = {"protocol": json.dumps({"mask_seen": sys.argv[3] == "mask_seen=true"})}
     pq.write_table(pa.table(columns).replace_schema_metadata(protocol), path / "ranks.parquet")
     ndcg = float(np.where(greater < 10, 1 / np.log2(greater + 2), 0).mean())
@@ -147,8 +148,7 @@ def test_arms_are_tuned_alike_then_run_over_the_seeds_and_nothing_twice(run, tmp
 
     # On another machine, with results.parquet alone.
     (tmp_path / "elsewhere").mkdir()
-    for name in (RESULTS, TARGETS):
-        shutil.copy(tmp_path / "out" / name, tmp_path / "elsewhere" / name)
+    shutil.copy(tmp_path / "out" / RESULTS, tmp_path / "elsewhere" / RESULTS)
     assert len(run("elsewhere").finals("muon")) == 2
     assert trained(tmp_path, "elsewhere") == 0
     aggregate([str(tmp_path / "elsewhere")], to=tmp_path)
