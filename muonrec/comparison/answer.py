@@ -95,7 +95,12 @@ def flags(comparison: Comparison) -> list[str]:
     trials = {name: comparison.trials(name) for name in comparison.arms}
     counts = {name: sum(run.status != "failed" for run in own) for name, own in trials.items()}
     if len(set(counts.values())) > 1:
-        listed = ", ".join(f"{name} {count}" for name, count in counts.items())
+        whole = {
+            arm.name: len({tuple(run.rates.values()) for run in trials[arm.name]})
+            >= math.prod(map(len, arm.grids.values()))
+            for arm in design.arms
+        }
+        listed = ", ".join(f"{name} {count}{' (its whole grid)' * whole[name]}" for name, count in counts.items())
         found.append(f"The arms had unequal numbers of trials: {listed}.")
     for arm in design.arms:
         best = comparison.best_trial(arm.name)

@@ -435,3 +435,17 @@ def test_in_an_aggregate_more_is_better_whichever_way_the_metric_goes():
     (cells,) = total_cells(found)
     assert cells["test Log loss less"].startswith("+7.5 %") and cells["fewer steps to 99 %"] == "–"
     assert any("a is left out of the mean steps of muon" in flag for flag in found.flags)
+
+
+def test_unequal_trials_are_flagged_and_a_grid_that_was_searched_whole_says_so():
+    comparison = made_up_comparison(trials=6, num_users=40)
+    rates = comparison.design.arm("one-rate").grids["lr"]
+    runs = [
+        dataclasses.replace(run, rates={"lr": rates[run.trial]})
+        if run.trial is not None and run.arm == "one-rate"
+        else run
+        for run in comparison.runs
+        if not (run.arm == "one-rate" and run.trial is not None and run.trial >= len(rates))
+    ]
+    flags = dataclasses.replace(comparison, runs=tuple(runs)).answer().flags
+    assert "The arms had unequal numbers of trials: one-rate 4 (its whole grid), control 6, muon 6." in flags
