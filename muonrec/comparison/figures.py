@@ -354,8 +354,9 @@ def _spaced(ticks: Sequence[float]) -> list[str]:
     """Labels of rising ticks on a logarithmic axis, but for those that would touch the one before."""
     labels, last = [], 0.0
     for tick in ticks:
-        is_free = tick > last * (ticks[-1] / ticks[0]) ** 0.17
-        labels.append(f"{tick:g}" if is_free else "")
+        is_free = tick > last * (ticks[-1] / ticks[0]) ** 0.2
+        short = f"{tick:g}" if tick >= 1e-3 else f"{tick:.1e}".replace(".0e", "e").replace("e-0", "e-")
+        labels.append(short if is_free else "")
         last = tick if is_free else last
     return labels
 
