@@ -23,7 +23,7 @@ from muonrec.comparison.numbers import Answer, ArmAnswer
 from muonrec.comparison.protocol import check_seeds
 from muonrec.comparison.report import reached, write_comparison_report
 from muonrec.comparison.results import Comparison, read_comparison
-from muonrec.comparison.tuning import final_runs, tune
+from muonrec.comparison.tuning import carry_out
 from muonrec.comparison.verdict import shown, spread
 from muonrec.config import Config, describe, load_config
 from muonrec.page import pretty
@@ -88,10 +88,12 @@ class CompareConfig(Config):
         arms: in the order of tables and legends.
         control: the arm that the others are held against.
         grids: values tried of each tuned rate.
-        trials: of each arm.
-        tuning_seed: of the search and of its runs.
-        seeds: of the final runs; the tuning's, which its rates suit, is refused.
-        budgets: fractions of the experiment's steps; each is a run with a full schedule of its own.
+        trials: of each arm's search, on validation alone.
+        tuning_seeds: of the trials. The first searches; then the mean over all decides between the leaders.
+        leaders: best points of each arm by the first seed, which the other arms like it try, too.
+        seeds: of the final runs; the tuning's, which the rates suit, are refused.
+        budgets: fractions of the experiment's steps; each is tuned by itself, and its runs have full schedules of
+            their own.
         evaluate_every: fraction of a run's steps between two validations.
         validation_users: whom a run is validated on; null: everybody.
         max_extensions: how often a grid whose end is best is extended by a value, for every arm.
@@ -112,7 +114,8 @@ class CompareConfig(Config):
     control: str = "control"
     grids: dict[str, Rates] = {"dense": _DENSE, "rest": _REST, "tables": _TABLES}
     trials: int = Field(default=12, ge=1)
-    tuning_seed: int = Field(default=0, ge=0)
+    tuning_seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = [0, 101, 102]
+    leaders: int = Field(default=3, ge=1)
     seeds: Annotated[list[int], Field(min_length=1)] = [1, 2, 3, 4, 5]
     budgets: Annotated[list[Annotated[float, Field(gt=0, le=1)]], Field(min_length=1)] = [1.0]
     evaluate_every: float = Field(default=0.02, gt=0, le=0.02)
@@ -133,7 +136,7 @@ class CompareConfig(Config):
         for name, arm in self.arms.items():
             if missing := [rate for rate in arm.rates if rate not in {**self.grids, **arm.grids}]:
                 raise ValueError(f"arms.{name} tunes {', '.join(missing)}, but there is no such grid; add it to grids")
-        check_seeds(self.seeds, self.tuning_seed)
+        check_seeds(self.seeds, self.tuning_seeds)
         return self
 
 
@@ -189,9 +192,7 @@ def compare(config: CompareConfig, python: Sequence[str] = (sys.executable, "-m"
     with _alone(config.output):
         runs = Runs(config, python)
         with runs.progress:
-            seed, extensions = config.tuning_seed, config.max_extensions
-            design, rates = tune(runs.design, runs.execute, seed=seed, max_extensions=extensions, check=runs.check)
-            runs.execute(design, final_runs(design, rates))
+            carry_out(runs.design, runs.execute, max_extensions=config.max_extensions, check=runs.check)
         comparison = runs.finish()
         report(comparison, config.output)
     if failed := [run for run in comparison.current if run.status == "failed"]:

@@ -28,6 +28,7 @@ from muonrec.comparison.results import (
     Comparison,
     Design,
     RunResult,
+    Stage,
     read_comparison,
     write_results,
     write_targets,
@@ -160,6 +161,8 @@ class Experiment:
             control=config.control,
             metric=_METRIC,
             trials=config.trials,
+            tuning_seeds=tuple(config.tuning_seeds),
+            leaders=config.leaders,
             seeds=tuple(config.seeds),
             budgets=tuple(sorted(config.budgets, reverse=True)),
             popularity_bounds=tuple(config.popularity_bounds),
@@ -202,9 +205,9 @@ class Runs:
             self._check_data(earlier)
         self._kept = Kept(earlier.runs if earlier else (), key=_identity, stands=self._stands)
         write_targets(config.output, self._experiment.targets)
-        steps = [self._experiment.num_steps] * self.design.trials
-        steps += [self._experiment.steps(budget) for budget in self.design.budgets for _ in self.design.seeds]
-        self.progress = Progress("compare", "steps", total=sum(steps) * len(self.design.arms))
+        self._planned = self._plan()
+        total = sum(count * self._experiment.steps(budget) for (_, budget), count in self._planned.items())
+        self.progress = Progress("compare", "steps", total=total)
         self._slots = slots(
             config.parallel_runs, ranks=config.ranks, devices=torch.cuda.device_count(), cores=os.cpu_count() or 1
         )
@@ -219,17 +222,15 @@ class Runs:
         """Where a run writes."""
         return self._config.output / "runs" / run
 
-    def execute(self, design: Design, asked: Sequence[Asked]) -> list[RunResult]:
+    def execute(self, asked: Sequence[Asked]) -> list[RunResult]:
         """Run what is asked and not known: an `muonrec.comparison.tuning.Execute`.
 
         Raises:
             ValueError: two arms did not start alike, or were not ranked on the same targets.
             KeyboardInterrupt: what ran was stopped, and goes on with the next start.
         """
-        self.design = design
         wanted = [self._identify(ask) for ask in asked]
-        beyond = [run for run in wanted if run.trial is not None and run.trial >= design.trials]
-        self.progress.expect_less(-sum(run.num_steps for run in beyond))
+        self._expect(wanted)
         jobs: dict[Path, tuple[Job, list[RunResult]]] = {}
         for run in wanted:
             if self._reuse(run):
@@ -254,6 +255,24 @@ class Runs:
         self._write()
         return self.comparison
 
+    def _plan(self) -> dict[tuple[Stage, float], int]:
+        """How many runs of each stage and budget are to be expected, before any search says how many it takes."""
+        design, arms = self.design, len(self.design.arms)
+        trials = design.trials + design.leaders * (len(design.tuning_seeds) - 1)
+        counts: dict[Stage, int] = {"tune": arms * trials, "final": arms * len(design.seeds)}
+        return {(stage, budget): count for budget in design.budgets for stage, count in counts.items()}
+
+    def _expect(self, wanted: Sequence[RunResult]) -> None:
+        """Correct what the progress expects: by what is asked beyond the plan, or will not be asked any more."""
+        for run in wanted:
+            place = (run.stage, run.budget)
+            if not self._planned[place]:
+                self.progress.expect_less(-run.num_steps)
+            self._planned[place] = max(self._planned[place] - 1, 0)
+            if run.stage == "final":  # whose budget is tuned
+                self.progress.expect_less(self._planned["tune", run.budget] * run.num_steps)
+                self._planned["tune", run.budget] = 0
+
     def _check_data(self, earlier: Comparison) -> None:
         then, now = earlier.design.facts.get("fingerprint"), self._experiment.fingerprint
         if then not in (None, now):
@@ -267,9 +286,8 @@ class Runs:
         config, arms = self._config, {arm.name: arm for arm in self.design.arms}
         if run.arm not in arms or set(run.rates) != set(arms[run.arm].grids):
             return False
-        if run.stage == "final" and (run.seed not in config.seeds or run.budget not in config.budgets):
-            return False
-        if run.stage == "tune" and run.seed != config.tuning_seed:
+        seeds = config.seeds if run.stage == "final" else config.tuning_seeds
+        if run.seed not in seeds or run.budget not in config.budgets:
             return False
         now = self._identify(Asked(run.arm, run.stage, run.budget, run.seed, run.trial, run.rates))
         return run.config_hash == now.config_hash and run.sources_hash in self._accepted(now)
@@ -387,5 +405,5 @@ def _named(result: RunResult, run: RunResult) -> RunResult:
 
 
 def _name(run: RunResult) -> str:
-    which = f"trial {run.trial}" if run.stage == "tune" else f"seed {run.seed} at budget {run.budget:g}"
+    which = f"{f'trial {run.trial}, ' if run.stage == 'tune' else ''}seed {run.seed} at budget {run.budget:g}"
     return f"{run.arm}, {which} ({', '.join(f'{name} {rate:g}' for name, rate in run.rates.items())})"

@@ -13,6 +13,7 @@ import numpy as np
 
 from muonrec.comparison.bootstrap import Paired, Pairs, mean_of, relative_t_interval, t_interval
 from muonrec.comparison.numbers import Answer, ArmAnswer, Group, Measured, Reached, Target
+from muonrec.comparison.points import best_of, grids_of
 from muonrec.comparison.results import Comparison, Design, RunResult
 from muonrec.comparison.search import END, edges
 from muonrec.comparison.verdict import verdict
@@ -92,24 +93,20 @@ def reached(design: Design, run: RunResult, control: RunResult, level: float) ->
 def flags(comparison: Comparison) -> list[str]:
     """What a reader must know before believing the numbers, a sentence each."""
     design, found = comparison.design, []
-    trials = {name: comparison.trials(name) for name in comparison.arms}
-    counts = {name: sum(run.status != "failed" for run in own) for name, own in trials.items()}
-    if len(set(counts.values())) > 1:
-        whole = {
-            arm.name: len({tuple(run.rates.values()) for run in trials[arm.name]})
-            >= math.prod(map(len, arm.grids.values()))
-            for arm in design.arms
-        }
-        listed = ", ".join(f"{name} {count}{' (its whole grid)' * whole[name]}" for name, count in counts.items())
-        found.append(f"The arms had unequal numbers of trials: {listed}.")
+    for budget in design.budgets:
+        at = f" at budget {budget:g}" * (len(design.budgets) > 1)
+        found += _unequal(comparison, budget, at)
+        for arm in design.arms:
+            point = best_of(comparison, arm.name, budget)
+            rates = point.rates if point is not None else {}
+            for name, side in edges(rates, grids_of(comparison, arm.name, budget)):
+                found.append(
+                    f"The best {name} rate of {arm.name}{at}, {rates[name]:g}, is the {END[side]} end of what was "
+                    "tried: a better one may lie beyond."
+                )
+            if len({tuple(run.rates.items()) for run in comparison.finals(arm.name, budget)}) > 1:
+                found.append(f"The final runs of {arm.name}{at} are at several rates: the comparison is under way.")
     for arm in design.arms:
-        best = comparison.best_trial(arm.name)
-        rates = best.rates if best is not None else {}
-        for name, side in edges(rates, arm.grids):
-            found.append(
-                f"The best {name} rate of {arm.name}, {rates[name]:g}, is the {END[side]} end of what was tried: "
-                "a better one may lie beyond."
-            )
         for status, verb in (("diverged", "diverged"), ("failed", "failed")):
             for stage, what in (("tune", "trials"), ("final", "final runs")):
                 own = [run for run in comparison.current if (run.arm, run.stage) == (arm.name, stage)]
@@ -149,6 +146,20 @@ def flags(comparison: Comparison) -> list[str]:
     return found
 
 
+def _unequal(comparison: Comparison, budget: float, at: str) -> list[str]:
+    """A flag where the arms had unequal numbers of points or of their runs."""
+    points, runs, words = {}, {}, {}
+    for name in comparison.arms:
+        own = [run for run in comparison.trials(name, budget) if run.status != "failed"]
+        points[name], runs[name] = len({run.trial for run in own}), len(own)
+        is_whole = points[name] >= math.prod(map(len, grids_of(comparison, name, budget).values()))
+        of_points = f"{points[name]}{' (its whole grid)' * is_whole}"
+        words[name] = f"{name} {of_points if runs[name] == points[name] else f'{of_points} in {runs[name]} runs'}"
+    if len(set(points.values())) == 1 and len(set(runs.values())) == 1:
+        return []
+    return [f"The arms had unequal numbers of trials{at}: {', '.join(words.values())}."]
+
+
 def _ended_early(run: RunResult) -> bool:
     """Whether the last validation is further from the last step than validations are from each other."""
     return bool(run.curve_step) and run.curve_step[-1] + run.curve_step[0] <= run.num_steps
@@ -179,7 +190,6 @@ def _arm_answer(
         metric = tested(design.metric, label, is_in_N) if is_in_N.any() else None
         return Group(label, int(is_in_N.sum()), len(users), metric)
 
-    best_trial = comparison.best_trial(arm)
     means = {
         name: float(np.mean([getattr(run, name) for run in runs]))
         for name in ("events_per_s", "optimizer_share", "peak_memory_bytes", "seconds")
@@ -189,7 +199,7 @@ def _arm_answer(
         budget=budget,
         seeds=tuple(run.seed for run in runs),
         paired_seeds=tuple(run.seed for run, _ in pairs),
-        rates=best_trial.rates if best_trial is not None else runs[0].rates,
+        rates=runs[0].rates,
         test={name: tested(name) for name in runs[0].test},
         valid=by_seed(lambda run: run.valid.get(design.metric, math.nan)),
         area=by_seed(_area),

@@ -18,7 +18,7 @@ import numpy as np
 from muonrec.comparison.kept import Kept
 from muonrec.comparison.protocol import check_fingerprints, check_seeds, check_settings, check_tuned
 from muonrec.comparison.results import RESULTS, Arm, Comparison, Design, RunResult, read_comparison, write_results
-from muonrec.comparison.tuning import Asked, final_runs, tune
+from muonrec.comparison.tuning import Asked, carry_out
 
 logger = logging.getLogger(__name__)
 
@@ -41,9 +41,10 @@ def compare(
     control: str = "control",
     may_differ: Sequence[str] = ("optimizer",),
     trials: int = 12,
+    tuning_seeds: Sequence[int] = (0, 101, 102),
+    leaders: int = 3,
     seeds: Sequence[int] = (1, 2, 3, 4, 5),
     budgets: Sequence[float] = (1.0,),
-    tuning_seed: int = 0,
     max_extensions: int = 2,
     output: str | Path | None = None,
     version: str | None = None,
@@ -67,10 +68,11 @@ def compare(
         higher_is_better: of ``metric``.
         control: the arm that the others are held against.
         may_differ: settings, beside the tuned rates, in which an arm may differ from the control.
-        trials: of each arm.
+        trials: of each arm's search, at each budget.
+        tuning_seeds: of the trials: the first searches, and the leaders' means over all decide.
+        leaders: best points of each arm that run with every tuning seed.
         seeds: of the final runs.
-        budgets: of the final runs.
-        tuning_seed: of the search and its runs.
+        budgets: fractions of the full steps; each is tuned by itself.
         max_extensions: how often a grid whose end is best is extended by a value, for every arm.
         output: folder of ``results.parquet``; runs that it holds are not repeated.
         version: of the code; a new one repeats every run. None: a hash of the file that ``train_arm`` is written in.
@@ -92,7 +94,7 @@ def compare(
         named = [*may_differ, *grids[arm], *grids[control]]
         check_settings(arm, arms[arm], arms[control], named=named)
         check_tuned(arm, grids[arm], grids[control], may_differ=may_differ)
-    check_seeds(seeds, tuning_seed)
+    check_seeds(seeds, tuning_seeds)
     design = Design(
         name,
         tuple(
@@ -102,15 +104,16 @@ def compare(
         metric=metric,
         higher_is_better=higher_is_better,
         trials=trials,
+        tuning_seeds=tuple(tuning_seeds),
+        leaders=leaders,
         seeds=tuple(seeds),
         budgets=tuple(sorted(budgets, reverse=True)),
     )
     if version is None:
         version = "" if output is None else _version_of(train_arm)
-    calls = _Calls(train_arm, fixed, Path(output) if output is not None else None, version)
-    design, rates = tune(design, calls.execute, seed=tuning_seed, max_extensions=max_extensions)
-    calls.execute(design, final_runs(design, rates))
-    return calls.finished(design)
+    calls = _Calls(train_arm, design, fixed, Path(output) if output is not None else None, version)
+    carry_out(design, calls.execute, max_extensions=max_extensions)
+    return calls.finish()
 
 
 class _Calls:
@@ -119,15 +122,17 @@ class _Calls:
     def __init__(
         self,
         train_arm: Callable[..., Mapping[str, Any]],
+        design: Design,
         settings: Mapping[str, Mapping[str, Any]],
         output: Path | None,
         version: str,
     ) -> None:
-        self._train_arm, self._settings, self._output, self._version = train_arm, settings, output, version
+        self._train_arm, self._design, self._settings = train_arm, design, settings
+        self._output, self._version = output, version
         earlier = read_comparison(output).runs if output is not None and (output / RESULTS).is_file() else ()
         self._kept = Kept(earlier, key=lambda run: run.run, stands=lambda run: run.sources_hash == version)
 
-    def execute(self, design: Design, asked: Sequence[Asked]) -> list[RunResult]:
+    def execute(self, asked: Sequence[Asked]) -> list[RunResult]:
         found = []
         for ask in asked:
             settings = {**self._settings[ask.arm], **ask.rates}
@@ -135,26 +140,26 @@ class _Calls:
             known = self._kept.like(identity)
             if known is not None:
                 logger.info("%s, %s, seed %d: known from %s", ask.arm, ask.rates, ask.seed, self._output)
-            result = self._call(design, identity, settings) if known is None else known
+            result = self._call(identity, settings) if known is None else known
             self._kept.add(result)
-            self._check(design, result)
-            self._write(design)
+            self._check(result)
+            self._write()
             found.append(result)
         return found
 
-    def finished(self, design: Design) -> Comparison:
+    def finish(self) -> Comparison:
         """The comparison, once nothing more is asked."""
         self._kept.let_go()
-        self._write(design)
-        return Comparison(design, tuple(self._kept))
+        self._write()
+        return Comparison(self._design, tuple(self._kept))
 
-    def _write(self, design: Design) -> None:
+    def _write(self) -> None:
         if self._output is not None and _is_first():
-            write_results(self._output, design, self._kept)
+            write_results(self._output, self._design, self._kept)
 
-    def _check(self, design: Design, result: RunResult) -> None:
+    def _check(self, result: RunResult) -> None:
         others = [run for run in self._kept if not run.superseded]
-        check_fingerprints(design, others)
+        check_fingerprints(self._design, others)
         for metric, values in result.per_unit.items():
             for other in others:
                 if metric in other.per_unit and np.shape(values) != np.shape(other.per_unit[metric]):
@@ -170,7 +175,7 @@ class _Calls:
         text = json.dumps(told, sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
-    def _call(self, design: Design, run: RunResult, settings: Mapping[str, Any]) -> RunResult:
+    def _call(self, run: RunResult, settings: Mapping[str, Any]) -> RunResult:
         is_final = run.stage == "final"
         try:
             returned = self._train_arm(dict(settings), seed=run.seed, budget=run.budget, is_final=is_final)
@@ -179,10 +184,12 @@ class _Calls:
         if unknown := sorted(set(returned) - set(RETURNED)):
             raise ValueError(f"train_arm returned {', '.join(unknown)}; it may return {', '.join(RETURNED)}")
         for part in ("valid", "test") if is_final else ("valid",):
-            if design.metric not in returned.get(part, {}):
-                raise ValueError(f"train_arm returned no {part} {design.metric}; return {{{part!r}: {{...}}, ...}}")
-            if not math.isfinite(value := float(returned[part][design.metric])):
-                return dataclasses.replace(run, status="diverged", fault=f"{part} {design.metric} is {value}")
+            if self._design.metric not in returned.get(part, {}):
+                raise ValueError(
+                    f"train_arm returned no {part} {self._design.metric}; return {{{part!r}: {{...}}, ...}}"
+                )
+            if not math.isfinite(value := float(returned[part][self._design.metric])):
+                return dataclasses.replace(run, status="diverged", fault=f"{part} {self._design.metric} is {value}")
         lengths = {key: len(returned.get(key, ())) for key in _CURVE}
         if len(set(lengths.values())) > 1:
             listed = ", ".join(f"{length} of {key}" for key, length in lengths.items())

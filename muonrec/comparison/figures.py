@@ -23,6 +23,7 @@ from muonrec.comparison.forest import (
     level_marker,
 )
 from muonrec.comparison.numbers import Answer, ArmAnswer, Group, Measured
+from muonrec.comparison.points import best, tried
 from muonrec.comparison.results import Comparison, Design, RunResult, Spectrum
 from muonrec.figures import COLOURS, GREY, MARKERS, max_ticks, save_figures, short_name, subplots
 from muonrec.metrics import Interval
@@ -56,15 +57,16 @@ def budget_name(comparison: Comparison, budget: float) -> str:
 def draw_comparison(comparison: Comparison, answer: Answer, folder: Path) -> dict[str, str]:
     """Draw every figure that has something to show; a PNG each into ``folder``, and the SVG texts by name.
 
-    ``results``, ``savings``, ``validation`` and ``sensitivity`` show all budgets; ``groups-B`` and ``spectra-B`` that
-    of budget ``B``.
+    ``results``, ``savings`` and ``validation`` show all budgets; ``sensitivity-B``, ``groups-B`` and ``spectra-B``
+    that of budget ``B``.
     """
     draws: dict[str, Callable[[], Any]] = {
         "results": lambda: _draw_results(comparison, answer),
         "savings": lambda: _draw_savings(comparison, answer),
         "validation": lambda: _draw_validation(comparison, answer),
-        "sensitivity": lambda: _draw_sensitivity(comparison),
     }
+    for budget in comparison.design.budgets:
+        draws[f"sensitivity-{budget:g}"] = lambda budget=budget: _draw_sensitivity(comparison, budget)  # type: ignore[misc]
     for budget in answer.arms:
         draws[f"groups-{budget:g}"] = lambda budget=budget: _draw_groups(comparison, answer, budget)  # type: ignore[misc]
         draws[f"spectra-{budget:g}"] = lambda budget=budget: _draw_spectra(comparison, budget)  # type: ignore[misc]
@@ -297,54 +299,54 @@ def rate_panels(design: Design) -> dict[str, dict[str, str]]:
     return panels
 
 
-def _draw_sensitivity(comparison: Comparison) -> Any:
-    """Every trial, and the best of each arm at each value of one rate, whatever the other rates were."""
+def _draw_sensitivity(comparison: Comparison, budget: float) -> Any:
+    """Every point, the best of each arm at each value of one rate, whatever the others were, and the one it got."""
     design, look = comparison.design, looks(comparison.design)
-    panels = {
-        name: rates for name, rates in rate_panels(design).items() if any(comparison.trials(arm) for arm in rates)
-    }
-    done = [run for run in comparison.current if run.stage == "tune" and _is_done(run, design)]
-    if not panels or not done:
+    points = {arm: tried(comparison.trials(arm, budget), design.metric) for arm in comparison.arms}
+    panels = {name: rates for name, rates in rate_panels(design).items() if any(points[arm] for arm in rates)}
+    means = np.array([point.mean for own in points.values() for point in own if point.values])
+    if not panels or not len(means):
         return None
     figure, [axes] = subplots(len(panels), height=3.5, sharey=True)
     sign = 1.0 if design.higher_is_better else -1.0
-    values = np.array([run.valid[design.metric] for run in done])
     # A rate far off the mark would flatten the rest: it is named at the edge.
-    best, typical = sign * (sign * values).max(), float(np.median(values))
-    floor = best - sign * max(2.5 * abs(best - typical), 0.02 * abs(best))
-    worst = sign * max((sign * values).min(), sign * floor)
-    margin = 0.08 * abs(best - worst) or 0.05 * abs(best) or 1.0
+    top, typical = sign * (sign * means).max(), float(np.median(means))
+    floor = top - sign * max(2.5 * abs(top - typical), 0.02 * abs(top))
+    worst = sign * max((sign * means).min(), sign * floor)
+    margin = 0.08 * abs(top - worst) or 0.05 * abs(top) or 1.0
     edge = worst - sign * 1.2 * margin
     handles = {}
     for axis, (name, rates) in zip(axes, panels.items(), strict=True):
         for arm, rate in rates.items():
-            trials = [run for run in comparison.trials(arm) if rate in run.rates]
             colour, marker = look[arm].colour, look[arm].marker
             tops: dict[float, float] = {}
-            for run in trials:
-                x = run.rates[rate]
-                if not _is_done(run, design):
+            for point in points[arm]:
+                x = point.rates[rate]
+                if not point.values:
                     axis.plot([x], [edge], marker="x", color=colour, markersize=7, clip_on=False)
                     continue
-                value = run.valid[design.metric]
-                tops[x] = value if x not in tops else sign * max(sign * tops[x], sign * value)
-                if sign * value < sign * worst:
+                tops[x] = point.mean if x not in tops else sign * max(sign * tops[x], sign * point.mean)
+                if sign * point.mean < sign * worst:
                     axis.plot([x], [edge], marker="v" if sign > 0 else "^", color=colour, markersize=5, clip_on=False)
                 else:
-                    axis.plot([x], [value], marker=marker, color=colour, alpha=0.4, markersize=4.5, linewidth=0)
+                    axis.plot([x], [point.mean], marker=marker, color=colour, alpha=0.4, markersize=4.5, linewidth=0)
             xs = sorted(tops)
             if xs:
-                handles[arm] = axis.plot(xs, [tops[x] for x in xs], color=colour, marker=marker, markersize=7)[0]
+                handles[arm] = axis.plot(xs, [tops[x] for x in xs], color=colour, linewidth=1.2)[0]
+            chosen = best(points[arm], higher_is_better=design.higher_is_better)
+            if chosen is not None:
+                place = ([chosen.rates[rate]], [chosen.mean])
+                handles[arm] = axis.plot(*place, marker=marker, color=colour, markersize=10, mec="black", linewidth=0)[
+                    0
+                ]
         axis.set_xscale("log")
         axis.set_xlabel(f"learning rate: {name}")
         axis.minorticks_off()
-        tried = sorted(
-            {run.rates[rate] for arm, rate in rates.items() for run in comparison.trials(arm) if rate in run.rates}
-        )
-        if tried:
-            axis.set_xticks(tried, _spaced(tried))
-            axis.set_xlim(tried[0] / 1.6, tried[-1] * 1.6)
-    axes[0].set_ylim(*sorted((edge, best + sign * margin)))
+        values = sorted({point.rates[rate] for arm, rate in rates.items() for point in points[arm]})
+        if values:
+            axis.set_xticks(values, _spaced(values))
+            axis.set_xlim(values[0] / 1.6, values[-1] * 1.6)
+    axes[0].set_ylim(*sorted((edge, top + sign * margin)))
     axes[0].set_ylabel(f"best validation {pretty(design.metric)}")
     figure.legend(handles.values(), [short_name(name) for name in handles], loc="outside upper left", ncols=4)
     return figure
@@ -359,10 +361,6 @@ def _spaced(ticks: Sequence[float]) -> list[str]:
         labels.append(short if is_free else "")
         last = tick if is_free else last
     return labels
-
-
-def _is_done(run: RunResult, design: Design) -> bool:
-    return run.status == "done" and math.isfinite(run.valid.get(design.metric, math.nan))
 
 
 # Parts of the targets -------------------------------------------------------------------------------------------------

@@ -70,14 +70,15 @@ def check_tuned(name: str, arm: Iterable[str], control: Iterable[str], *, may_di
         )
 
 
-def check_seeds(seeds: Sequence[int], tuning_seed: int) -> None:
+def check_seeds(seeds: Sequence[int], tuning_seeds: Sequence[int]) -> None:
     """Refuse final runs that are no news. Raises ValueError: a seed twice, or the tuning's, which chose the rates."""
-    if len(set(seeds)) < len(seeds):
-        raise ValueError(f"seeds={list(seeds)} holds a seed twice, which would count as evidence twice")
-    if tuning_seed in seeds:
+    for name, own in (("seeds", seeds), ("tuning_seeds", tuning_seeds)):
+        if len(set(own)) < len(own):
+            raise ValueError(f"{name}={list(own)} holds a seed twice, which would count as evidence twice")
+    if both := sorted({*seeds} & {*tuning_seeds}):
         raise ValueError(
-            f"seeds={list(seeds)} holds the tuning's seed {tuning_seed}, which the rates were chosen to suit; take "
-            "another, or change tuning_seed"
+            f"seeds={list(seeds)} holds {', '.join(map(str, both))} of tuning_seeds, which the rates were chosen to "
+            "suit; take others, or change tuning_seeds"
         )
 
 

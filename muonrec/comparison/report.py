@@ -11,6 +11,7 @@ import numpy as np
 
 from muonrec.comparison.figures import FIGURES, budget_name, draw_comparison, looks
 from muonrec.comparison.numbers import Answer, ArmAnswer, Measured, Target
+from muonrec.comparison.points import best, grids_of, tried
 from muonrec.comparison.results import Arm, Comparison
 from muonrec.comparison.verdict import lost_seeds, shown, spread
 from muonrec.metrics import Interval
@@ -48,7 +49,7 @@ def write_comparison_report(comparison: Comparison, answer: Answer, folder: str 
         cost=_cost(comparison, answer),
         budgets=[(f"{budget:g}", budget_name(comparison, budget)) for budget in answer.arms],
         figures=figures,
-        tuning=_tuning(comparison, answer),
+        tuning=_tuning(comparison),
         protocol=_protocol(comparison),
         fingerprints=_fingerprints(comparison),
         facts=json.dumps(design.facts, indent=2, sort_keys=True, default=str) if design.facts else "",
@@ -143,34 +144,44 @@ def reached(target: Target | None, what: str) -> Cell:
 # Protocol -------------------------------------------------------------------------------------------------------------
 
 
-def _tuning(comparison: Comparison, answer: Answer) -> list[dict[str, Any]]:
-    """Per arm its trials and, for each rate, what was tuned, what was tried, and which settings it is."""
+def _tuning(comparison: Comparison) -> list[dict[str, Any]]:
+    """Per budget and arm its trials and, for each rate, what was tuned, what was tried, and which settings it is."""
+    found = []
+    for budget in comparison.design.budgets:
+        arms = [
+            _tuned(comparison, arm, budget) for arm in comparison.design.arms if comparison.trials(arm.name, budget)
+        ]
+        if arms:
+            found.append({"budget": f"{budget:g}", "title": budget_name(comparison, budget), "arms": arms})
+    return found
+
+
+def _tuned(comparison: Comparison, arm: Arm, budget: float) -> dict[str, Any]:
+    design = comparison.design
+    points = tried(comparison.trials(arm.name, budget), design.metric)
+    chosen = best(points, higher_is_better=design.higher_is_better)
+    grids = grids_of(comparison, arm.name, budget)
+    runs = sum(len(point.values) + point.num_lost for point in points)
     rows = []
-    for arm in comparison.design.arms:
-        trials = comparison.trials(arm.name)
-        best = comparison.best_trial(arm.name)
-        final = next((arms[arm.name].rates for arms in answer.arms.values() if arm.name in arms), {})
-        rates = final or (best.rates if best is not None else {})
+    for name, grid in grids.items():
+        value = chosen.rates.get(name) if chosen is not None else None
         rows.append(
             {
-                "name": arm.name,
-                "trials": f"{len(trials)}",
-                "lost": sum(run.status != "done" for run in trials),
-                "best": f"{best.valid[comparison.design.metric]:.4f}" if best is not None else "–",
-                "rates": [_rate(arm, name, rates.get(name)) for name in dict.fromkeys([*arm.grids, *rates])],
+                "name": name,
+                "value": "–" if value is None else f"{value:g}",
+                "at_edge": bool(len(grid) > 1 and value in (grid[0], grid[-1])),
+                "grid": ", ".join(f"{one:g}" for one in grid),
+                "settings": ", ".join(arm.rate_settings.get(name, ())),
             }
         )
-    return rows
-
-
-def _rate(arm: Arm, name: str, value: float | None) -> dict[str, Any]:
-    grid = arm.grids.get(name, ())
     return {
-        "name": name,
-        "value": "–" if value is None else f"{value:g}",
-        "at_edge": bool(len(grid) > 1 and value in (grid[0], grid[-1])),
-        "grid": ", ".join(f"{tried:g}" for tried in grid),
-        "settings": ", ".join(arm.rate_settings.get(name, ())),
+        "name": arm.name,
+        "trials": f"{len(points)}",
+        "runs": f"{runs} runs" if runs > len(points) else "",
+        "lost": sum(point.num_lost for point in points),
+        "best": "–" if chosen is None else f"{chosen.mean:.4f}",
+        "seeds": "" if chosen is None or len(chosen.values) == 1 else f"mean of {len(chosen.values)} seeds",
+        "rates": rows,
     }
 
 
@@ -191,6 +202,8 @@ def _protocol(comparison: Comparison) -> dict[str, Any]:
     ]
     return {
         "trials": design.trials,
+        "leaders": design.leaders if len(design.tuning_seeds) > 1 else 0,
+        "tuning_seeds": len(design.tuning_seeds),
         "seeds": ", ".join(map(str, design.seeds)),
         "budgets": ", ".join(budget_name(comparison, budget) for budget in design.budgets),
         "arms": arms,

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -36,8 +35,8 @@ class Arm:
         overrides: settings that make the arm, by path, as `key=value` would give them; without the tuned rates.
         may_differ: paths of settings in which the arm may differ from the control.
         also_differs: settings in which it does, beside the dense optimizer and the tuned rates; the report names them.
-        grids: values tried of each tuned rate, in increasing order, by the rate's name (``dense``, ``rest``,
-            ``tables``); with what the search added at an edge.
+        grids: values to try of each tuned rate, in increasing order, by the rate's name (``dense``, ``rest``,
+            ``tables``); the search may go beyond their ends.
         rate_settings: which settings each tuned rate sets, by the rate's name.
     """
 
@@ -59,7 +58,9 @@ class Design:
         control: the arm that the others are held against.
         metric: the main one, which also decides the tuning, such as ``ndcg@10``.
         higher_is_better: of ``metric``.
-        trials: of each arm.
+        trials: of each arm's search, at each budget.
+        tuning_seeds: of the trials; the first searches.
+        leaders: points of each arm that run with the other tuning seeds, too.
         seeds: of the final runs.
         budgets: of the final runs, as fractions of the full number of steps, in falling order; each is a run with a
             full schedule of its own.
@@ -74,6 +75,8 @@ class Design:
     metric: str = "ndcg@10"
     higher_is_better: bool = True
     trials: int = 0
+    tuning_seeds: tuple[int, ...] = (0,)
+    leaders: int = 1
     seeds: tuple[int, ...] = ()
     budgets: tuple[float, ...] = (1.0,)
     popularity_bounds: tuple[int, ...] = (5, 20)
@@ -100,8 +103,8 @@ class Design:
                 arm[key] = tuple(arm[key])
             for key in ("grids", "rate_settings"):
                 arm[key] = {name: tuple(values) for name, values in arm[key].items()}
-        for key in ("seeds", "budgets", "popularity_bounds", "length_bounds"):
-            tree[key] = tuple(tree[key])
+        for key in ("tuning_seeds", "seeds", "budgets", "popularity_bounds", "length_bounds"):
+            tree[key] = tuple(tree.get(key, (0,)))  # earlier files have no tuning_seeds
         return cls(**{**tree, "arms": tuple(Arm(**arm) for arm in tree["arms"])})
 
 
@@ -134,7 +137,7 @@ class RunResult:
         stage: ``tune``: a trial, judged on validation alone; ``final``: at the tuned rates, evaluated on test.
         budget: fraction of the full number of steps.
         seed: of initial weights, order of the data, candidates and dropout.
-        trial: number of the trial, from 0, in the order of the search; None for a final run.
+        trial: number of its point, from 0, in the order of the search; None for a final run.
         rates: value of each tuned rate, by its name.
         config_hash, sources_hash: what ``run`` is made of.
         status: ``done``; ``diverged``: the loss left the finite numbers; ``failed``: ``fault`` says why.
@@ -229,9 +232,9 @@ class Comparison:
         """The runs that the design asks for, whatever their status."""
         return [run for run in self.runs if not run.superseded]
 
-    def trials(self, arm: str) -> list[RunResult]:
-        """The trials of ``arm`` in the order of the search, whatever their status."""
-        trials = [run for run in self.current if run.arm == arm and run.stage == "tune"]
+    def trials(self, arm: str, budget: float) -> list[RunResult]:
+        """The trials of ``arm`` at ``budget`` in the order of the search, whatever their status."""
+        trials = [run for run in self.current if (run.arm, run.stage, run.budget) == (arm, "tune", budget)]
         return sorted(trials, key=lambda run: run.trial if run.trial is not None else -1)
 
     def finals(self, arm: str, budget: float = 1.0) -> list[RunResult]:
@@ -248,12 +251,6 @@ class Comparison:
         from muonrec.comparison.answer import answer
 
         return answer(self)
-
-    def best_trial(self, arm: str) -> RunResult | None:
-        """The trial of ``arm`` with the best validation; the earlier of equals; None if none is done."""
-        metric, sign = self.design.metric, 1.0 if self.design.higher_is_better else -1.0
-        done = [t for t in self.trials(arm) if t.status == "done" and math.isfinite(t.valid.get(metric, math.nan))]
-        return max(done, key=lambda run: sign * run.valid[metric], default=None)
 
 
 def write_results(folder: str | Path, design: Design, runs: Iterable[RunResult]) -> Path:

@@ -1,12 +1,12 @@
-"""The order of a comparison: tune every arm alike, then run the seeds at the tuned rates."""
+"""The order of a comparison: at every budget tune each arm alike, then run the seeds at the tuned rates."""
 
 from __future__ import annotations
 
 import dataclasses
 import logging
-import math
 from collections.abc import Callable, Sequence
 
+from muonrec.comparison.points import Tried, best, leading, tried, value_of
 from muonrec.comparison.results import Arm, Design, RunResult, Stage
 from muonrec.comparison.search import END, Edge, Point, Search, edges, extended
 
@@ -26,105 +26,182 @@ class Asked:
 
 
 # Carries out runs, however many at once; their results in the order in which they were asked for.
-Execute = Callable[[Design, Sequence[Asked]], Sequence[RunResult]]
+Execute = Callable[[Sequence[Asked]], Sequence[RunResult]]
+# Raises ValueError for rates that cannot be run, such as a momentum above 1.
+Check = Callable[[Asked], object]
+
+
+def carry_out(design: Design, execute: Execute, *, max_extensions: int, check: Check = lambda asked: None) -> None:
+    """Tune and run the seeds, one budget after the other, the largest first; nothing of one depends on another.
+
+    Args:
+        design: what is compared.
+        execute: carries out runs.
+        max_extensions, check: as of `tune`.
+    """
+    for budget in design.budgets:
+        rates = tune(design, execute, budget=budget, max_extensions=max_extensions, check=check)
+        execute(final_runs(design, budget, rates))
 
 
 def tune(
     design: Design,
     execute: Execute,
     *,
-    seed: int,
+    budget: float = 1.0,
     max_extensions: int,
-    check: Callable[[Asked], object] = lambda asked: None,
-) -> tuple[Design, dict[str, Point]]:
+    check: Check = lambda asked: None,
+) -> dict[str, Point]:
     """Search every arm's rates with the same number of trials, on validation alone.
 
-    Where the best of an arm lies at the end of a grid, every arm that has this rate tries its own best point with the
-    next value beyond, and every other arm tries one more point of its search.
+    First `Search` at one seed. Then what leads in an arm is tried by every arm that tunes the same settings over the
+    same grids, so that none wins by having been asked the better question; the others get as many more points of their
+    own search. Then what leads in each arm is run with the other tuning seeds, and their mean decides, since the best
+    of many points by one seed is good by luck. Where it lies at the end of a grid, every arm that has this rate tries
+    its own best with the next value beyond, every other arm one more point of its search, and leaders are run again.
 
     Args:
-        design: what is compared.
-        execute: carries out trials at the full budget.
-        seed: of the search and of the runs.
-        max_extensions: rounds of such trials.
-        check: raises ValueError for rates that cannot be run, such as a momentum above 1; a grid ends before these.
+        design: what is compared, with the seeds of the tuning and how many lead.
+        execute: carries out trials.
+        budget: of the trials.
+        max_extensions: how often a grid is extended at its ends.
+        check: a grid ends before rates that it refuses.
 
     Returns:
-        The design with the extended grids, and the best rates of every arm that has a finished trial.
+        The best rates of every arm that has a finished trial.
     """
-    searches = {arm.name: Search(arm.grids, trials=design.trials, seed=seed) for arm in design.arms}
-    tried = _Tried(design, execute, seed)
-    while rounds := {name: points for name, search in searches.items() if (points := search.ask())}:
-        values = tried.run(design, rounds)
-        for name in rounds:
-            searches[name].tell(values[name])
-
+    tuning = _Tuning(design, execute, budget)
+    tuning.search()
+    tuning.run_leaders()
     for _ in range(max_extensions):
-        best = tried.best()
-        at = {edge for arm in design.arms if arm.name in best for edge in edges(best[arm.name], arm.grids)}
-        if not at:
+        if not tuning.extend(check):
             break
-        asked: dict[str, list[Point]] = {}
-        for edge in sorted(at):
-            arms = tuple(_extended(arm, edge) for arm in design.arms)
-            ends = {
-                arm.name: {**best[arm.name], edge[0]: arm.grids[edge[0]][0 if edge[1] < 0 else -1]}
-                for arm in arms
-                if arm.name in best and len(arm.grids.get(edge[0], ())) > 1
-            }
-            try:
-                for name, point in ends.items():
-                    check(Asked(name, "tune", 1.0, seed, None, point))
-            except ValueError as error:
-                logger.warning("a best %s lies at the %s end of its grid, and beyond: %s", edge[0], END[edge[1]], error)
-                continue
-            logger.info("a best %s lies at the %s end of its grid; every arm tries one more", edge[0], END[edge[1]])
-            design = dataclasses.replace(design, arms=arms)
-            for arm in arms:
-                more = [ends[arm.name]] if arm.name in ends else searches[arm.name].ask_further(1)
-                asked.setdefault(arm.name, []).extend(more)
-        tried.run(design, asked)
-    return design, tried.best()
+        tuning.run_leaders()
+    return {name: point.rates for name, point in tuning.best().items()}
 
 
-def final_runs(design: Design, rates: dict[str, Point]) -> list[Asked]:
-    """The runs of every budget and seed; those of one seed, which are paired, beside each other."""
+def final_runs(design: Design, budget: float, rates: dict[str, Point]) -> list[Asked]:
+    """The runs of every seed at ``budget``; those of one seed, which are paired, beside each other."""
     return [
         Asked(arm.name, "final", budget, seed, None, rates[arm.name])
-        for budget in design.budgets
         for seed in design.seeds
         for arm in design.arms
         if arm.name in rates
     ]
 
 
-class _Tried:
-    """The trials of all arms so far, numbered in the order of the search."""
+class _Tuning:
+    """The trials of all arms so far, numbered in the order of the search; each number is a point of its own."""
 
-    def __init__(self, design: Design, execute: Execute, seed: int) -> None:
-        self._execute, self._seed = execute, seed
-        self._metric, self._sign = design.metric, 1.0 if design.higher_is_better else -1.0
-        self._values: dict[str, list[tuple[Point, float | None]]] = {arm.name: [] for arm in design.arms}
+    def __init__(self, design: Design, execute: Execute, budget: float) -> None:
+        self._design, self._execute, self._budget = design, execute, budget
+        self._first, *self._others = design.tuning_seeds
+        self._searches = {arm.name: Search(arm.grids, trials=design.trials, seed=self._first) for arm in design.arms}
+        self._points: dict[str, list[Point]] = {arm.name: [] for arm in design.arms}
+        self._runs: dict[str, list[RunResult]] = {arm.name: [] for arm in design.arms}
 
-    def run(self, design: Design, points: dict[str, list[Point]]) -> dict[str, list[float | None]]:
-        """Run a trial at each point; the values by arm, higher is better, None for what came to nothing."""
+    def search(self) -> None:
+        """Run the trials of every arm's search."""
+        while asked := {name: points for name, search in self._searches.items() if (points := search.ask())}:
+            values = self._run(asked, [self._first])
+            for name in asked:
+                self._searches[name].tell(values[name])
+
+    def run_leaders(self) -> None:
+        """Try what leads in an arm in the others like it, and run what leads then with the other seeds."""
+        leaders = {name: [point.rates for point in self._leading(name)] for name in self._points}
+        asked = {
+            arm.name: _without(
+                [point for other in self._design.arms if _are_alike(arm, other) for point in leaders[other.name]],
+                self._points[arm.name],
+            )
+            for arm in self._design.arms
+        }
+        most = max(len(self._points[name]) + len(points) for name, points in asked.items())
+        for name, points in asked.items():
+            points += self._further(name, most - len(self._points[name]) - len(points), taken=points)
+        self._run(asked, [self._first])
+        if self._others:
+            self._run({name: [p.rates for p in self._leading(name)] for name in self._points}, self._others)
+
+    def extend(self, check: Check) -> bool:
+        """Try what lies beyond the ends of grids at which a best lies; whether there was any such."""
+        own = {name: point.rates for name, point in self.best().items()}
+        at = {edge for arm in self._design.arms if arm.name in own for edge in edges(own[arm.name], arm.grids)}
+        asked: dict[str, list[Point]] = {name: [] for name in self._points}
+        for edge in sorted(at):
+            arms = tuple(_extended(arm, edge) for arm in self._design.arms)
+            ends = {
+                arm.name: {**own[arm.name], edge[0]: arm.grids[edge[0]][0 if edge[1] < 0 else -1]}
+                for arm in arms
+                if arm.name in own and len(arm.grids.get(edge[0], ())) > 1
+            }
+            try:
+                for name, point in ends.items():
+                    check(Asked(name, "tune", self._budget, self._first, None, point))
+            except ValueError as error:
+                logger.warning("a best %s lies at the %s end of its grid, and beyond: %s", edge[0], END[edge[1]], error)
+                continue
+            logger.info("a best %s lies at the %s end of its grid; every arm tries one more", edge[0], END[edge[1]])
+            self._design = dataclasses.replace(self._design, arms=arms)
+            for name, points in asked.items():
+                points += [ends[name]] if name in ends else self._further(name, 1, taken=points)
+        self._run(asked, [self._first])
+        return any(asked.values())
+
+    def best(self) -> dict[str, Tried]:
+        """The best point of every arm that has one."""
+        found = {name: best(self._tried(name), higher_is_better=self._design.higher_is_better) for name in self._points}
+        return {name: point for name, point in found.items() if point is not None}
+
+    def _tried(self, name: str) -> list[Tried]:
+        return tried(self._runs[name], self._design.metric)
+
+    def _leading(self, name: str) -> list[Tried]:
+        design = self._design
+        points = self._tried(name)
+        return leading(points, design.leaders, seed=self._first, higher_is_better=design.higher_is_better)
+
+    def _further(self, name: str, count: int, *, taken: list[Point]) -> list[Point]:
+        """``count`` more points of an arm's search, none tried or ``taken``; fewer if the grids have no more."""
+        found: list[Point] = []
+        while len(found) < count and (points := self._searches[name].ask_further(1)):
+            found += _without(points, [*self._points[name], *taken, *found])
+        return found
+
+    def _run(self, points: dict[str, list[Point]], seeds: Sequence[int]) -> dict[str, list[float | None]]:
+        """Run a trial at each point with each seed; the values by arm, in the order of the points, then seeds."""
+        for name, own in points.items():
+            self._points[name] += _without(own, self._points[name])
         asked = [
-            Asked(name, "tune", 1.0, self._seed, len(self._values[name]) + number, point)
+            Asked(name, "tune", self._budget, seed, self._points[name].index(point), point)
             for name, own in points.items()
-            for number, point in enumerate(own)
+            for point in own
+            for seed in seeds
         ]
+        asked = [ask for ask in asked if not self._is_done(ask)]
         values: dict[str, list[float | None]] = {name: [] for name in points}
-        for ask, result in zip(asked, self._execute(design, asked), strict=True):
-            found = self._sign * result.valid.get(self._metric, math.nan)
-            value = found if result.status == "done" and math.isfinite(found) else None
-            values[ask.arm].append(value)
-            self._values[ask.arm].append((ask.rates, value))
+        for ask, result in zip(asked, self._execute(asked) if asked else (), strict=True):
+            self._runs[ask.arm].append(result)
+            values[ask.arm].append(value_of(result, self._design))
         return values
 
-    def best(self) -> dict[str, Point]:
-        """The best point of every arm that has one; the earlier of equals."""
-        done = {name: [(v, p) for p, v in tried if v is not None] for name, tried in self._values.items()}
-        return {name: max(own, key=lambda pair: pair[0])[1] for name, own in done.items() if own}
+    def _is_done(self, ask: Asked) -> bool:
+        return any((run.trial, run.seed) == (ask.trial, ask.seed) for run in self._runs[ask.arm])
+
+
+def _without(points: Sequence[Point], known: Sequence[Point]) -> list[Point]:
+    """``points`` but for those that are ``known``, each once."""
+    found: list[Point] = []
+    for point in points:
+        if point not in known and point not in found:
+            found.append(point)
+    return found
+
+
+def _are_alike(arm: Arm, other: Arm) -> bool:
+    """Whether a point of one is a point of the other, and means the same settings."""
+    return (arm.grids, arm.rate_settings) == (other.grids, other.rate_settings)
 
 
 def _extended(arm: Arm, edge: Edge) -> Arm:

@@ -10,6 +10,7 @@ from muonrec.comparison.aggregate import aggregated
 from muonrec.comparison.aggregate_report import total_cells
 from muonrec.comparison.answer import answer, flags, paired, pairs_of, reached
 from muonrec.comparison.bootstrap import Paired, t_interval
+from muonrec.comparison.points import best_of
 from muonrec.comparison.results import Comparison, Design, RunResult
 from muonrec.metrics import paired_bootstrap_difference
 from tests.comparison.made_up import made_up_comparison, made_up_design
@@ -216,7 +217,7 @@ def test_every_number_of_an_arm_is_that_of_its_runs(comparison, found):
     run = runs[0]
     heights = [(a + b) / 2 for a, b in zip(run.curve_value, run.curve_value[1:])]
     assert muon.area.values[0] == pytest.approx(np.mean(heights))  # its evaluations are evenly spaced
-    assert muon.rates == comparison.best_trial("muon").rates
+    assert muon.rates == runs[0].rates
     assert muon.steps_to_own_best == tuple(run.best_step for run in runs)
     assert muon.optimizer_share == pytest.approx(0.18)
     assert found.arms[1.0]["control"].test["ndcg@10"].difference is None
@@ -258,7 +259,7 @@ def test_the_verdict_says_no_difference_shown_where_zero_lies_within(found):
 
 def test_flags_name_what_a_reader_must_know(comparison):
     design, runs = comparison.design, list(comparison.runs)
-    best = comparison.best_trial("muon")
+    best = best_of(comparison, "muon", 1.0)
     grids = {name: (rate / 2, rate, 2 * rate) for name, rate in best.rates.items()}
     arms = tuple(dataclasses.replace(arm, grids=grids if arm.name == "muon" else arm.grids) for arm in design.arms)
     at_end = {**grids, "dense": (best.rates["dense"] / 2, best.rates["dense"])}
@@ -269,11 +270,15 @@ def test_flags_name_what_a_reader_must_know(comparison):
         dataclasses.replace(run, status="diverged") if (run.arm, run.trial) == ("control", 3)
         else dataclasses.replace(run, status="failed") if (run.arm, run.stage, run.seed) == ("muon", "final", 2)
         else dataclasses.replace(run, sources_hash="t" * 12) if run.arm == "one-rate"
+        else dataclasses.replace(run, rates={**run.rates, "dense": min(run.rates["dense"], best.rates["dense"])})
+        if run.arm == "muon"
         else run
         for run in runs
     ]  # fmt: skip
     said = flags(Comparison(dataclasses.replace(design, arms=arms), tuple(bad)))
-    assert any(f"The best dense rate of muon, {best.rates['dense']:g}, is the upper end" in flag for flag in said)
+    assert any(
+        f"The best dense rate of muon at budget 1, {best.rates['dense']:g}, is the upper end" in flag for flag in said
+    )
     assert "1 of 6 trials of control diverged." in said
     assert "2 of 6 final runs of muon failed." in said
     assert "muon at budget 1 and 0.5 lacks seed 2." in said
@@ -448,4 +453,5 @@ def test_unequal_trials_are_flagged_and_a_grid_that_was_searched_whole_says_so()
         if not (run.arm == "one-rate" and run.trial is not None and run.trial >= len(rates))
     ]
     flags = dataclasses.replace(comparison, runs=tuple(runs)).answer().flags
-    assert "The arms had unequal numbers of trials: one-rate 4 (its whole grid), control 6, muon 6." in flags
+    said = "The arms had unequal numbers of trials at budget 1: one-rate 4 (its whole grid), control 6, muon 6."
+    assert said in flags

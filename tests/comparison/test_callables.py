@@ -10,7 +10,7 @@ ARMS = {
     "control": {"optimizer": "adamw", "width": 8, "lr": [0.01, 0.1, 1.0]},
     "muon": {"optimizer": "muon", "width": 8, "lr": [0.01, 0.1, 1.0]},
 }
-FEW = {"trials": 3, "seeds": (1, 2), "max_extensions": 0}
+FEW = {"trials": 3, "tuning_seeds": (0, 9), "leaders": 1, "seeds": (1, 2), "max_extensions": 0}
 
 
 class Trainer:
@@ -38,22 +38,22 @@ def test_arms_are_tuned_by_their_lists_and_compared(tmp_path, monkeypatch):
     comparison = muonrec.compare(trainer, ARMS, "auc", output=tmp_path, **FEW)
     assert sum(is_final for *_, is_final in trainer.calls) == 4
     assert all(lr == 0.1 for _, lr, *_, is_final in trainer.calls if is_final)
-    assert {seed for _, _, seed, _, is_final in trainer.calls if not is_final} == {0}
-    assert not any(run.test or run.per_unit for run in comparison.trials("muon"))
+    assert {(seed, lr) for _, lr, seed, _, is_final in trainer.calls if not is_final and seed} == {(9, 0.1)}
+    assert not any(run.test or run.per_unit for run in comparison.trials("muon", 1.0))
     found = comparison.answer()
     muon = found.arms[1.0]["muon"]
     assert muon.test["auc"].difference.mean == pytest.approx(0.01 / 0.6915)
     assert muon.test["log_loss"].difference.high < 0
-    assert "1 of 3 trials of control diverged." in found.flags
+    assert "1 of 4 trials of control diverged." in found.flags
     assert "muon reaches test AUC 0.7015, +1.4 %" in found.verdict
 
     again = Trainer()
-    assert len(muonrec.compare(again, ARMS, "auc", output=tmp_path, **FEW).runs) == 10
+    assert len(muonrec.compare(again, ARMS, "auc", output=tmp_path, **FEW).runs) == 12
     assert again.calls == []
     monkeypatch.setattr("muonrec.comparison.callables._version_of", lambda _: "2")  # the file was edited
     muonrec.compare(again, ARMS, "auc", output=tmp_path, **FEW)
-    assert len(again.calls) == 10
-    assert sum(not run.superseded for run in read_comparison(tmp_path).runs) == 10
+    assert len(again.calls) == 12
+    assert sum(not run.superseded for run in read_comparison(tmp_path).runs) == 12
 
 
 @pytest.mark.parametrize(
@@ -78,8 +78,8 @@ def test_a_metric_that_is_no_number_has_diverged_and_code_without_a_file_needs_a
             return {**found, "valid": {"auc": float("nan")}} if settings["lr"] == 0.1 else found
 
     comparison = muonrec.compare(Broken(), ARMS, "auc", **FEW)
-    assert comparison.best_trial("muon").rates["lr"] != 0.1
-    assert {run.status for run in comparison.trials("muon") if run.rates["lr"] == 0.1} == {"diverged"}
+    assert comparison.finals("muon")[0].rates["lr"] != 0.1
+    assert {run.status for run in comparison.trials("muon", 1.0) if run.rates["lr"] == 0.1} == {"diverged"}
 
     made_up = {"Trainer": Trainer}
     exec("def train_arm(settings, **asked): return Trainer()(settings, **asked)", made_up)

@@ -46,12 +46,14 @@ def test_what_one_arm_alone_tunes_must_be_named():
 
 
 @pytest.mark.parametrize(
-    ("seeds", "message"), [((1, 2, 1), "holds a seed twice"), ((0, 1), "holds the tuning's seed 0")]
+    ("seeds", "message"), [((1, 2, 1), "seeds=\\[1, 2, 1\\] holds a seed twice"), ((0, 1), "holds 0 of tuning_seeds")]
 )
 def test_seeds_that_are_no_news_are_refused(seeds, message):
-    check_seeds((1, 2), 0)
+    check_seeds((1, 2), (0, 9))
+    with pytest.raises(ValueError, match=r"tuning_seeds=\[0, 0\] holds a seed twice"):
+        check_seeds((1, 2), (0, 0))
     with pytest.raises(ValueError, match=message):
-        check_seeds(seeds, 0)
+        check_seeds(seeds, (0, 9))
 
 
 def test_every_leaf_that_differs_is_found():

@@ -43,7 +43,7 @@ def test_the_page_holds_every_section_and_the_figures_lie_beside_it(whole, page)
     text, source = text_of(page), page.read_text()
     for title in ("How good", "How soon", "At what cost", "At which learning rates", "Who is served", "Protocol"):
         assert title in text
-    names = ["groups-1", "results", "savings", "sensitivity", "spectra-1", "validation"]
+    names = ["groups-1", "results", "savings", "sensitivity-1", "spectra-1", "validation"]
     figures = sorted((page.parent / "figures").glob("*.png"))
     assert [path.stem for path in figures] == names
     assert min(path.stat().st_size for path in figures) > 20_000
@@ -79,7 +79,7 @@ def test_the_same_comparison_gives_the_same_bytes_in_any_place_and_old_figures_g
     pages = [write_comparison_report(trials, answer(trials), tmp_path / place) for place in "ab"]
     assert pages[0].read_bytes() == pages[1].read_bytes()
     assert "No final run has finished yet" in text_of(pages[0])
-    assert [path.stem for path in old.parent.iterdir()] == ["sensitivity"]
+    assert [path.stem for path in old.parent.iterdir()] == ["sensitivity-1"]
 
 
 def test_what_a_callable_yields_is_reported_without_groups_and_spectra(tmp_path):
@@ -115,7 +115,7 @@ def test_what_a_callable_yields_is_reported_without_groups_and_spectra(tmp_path)
     assert sorted(one.stem for one in (tmp_path / "figures").iterdir()) == [
         "results",
         "savings",
-        "sensitivity",
+        "sensitivity-1",
         "validation",
     ]
     assert target_value(comparison, 1.0) == 0.7  # the lowest median of three

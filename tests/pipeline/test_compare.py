@@ -89,6 +89,7 @@ def settings(dataset, output, **changes):
         },
         "grids": {"dense": [0.001, 0.003], "rest": [0.001], "tables": [0.1]},
         "trials": 2,
+        "tuning_seeds": [0],
         "max_extensions": 0,
         "seeds": [1, 2],
         "parallel_runs": 2,
@@ -121,9 +122,8 @@ def trained(tmp_path, output="out"):
 
 
 def test_arms_are_tuned_alike_then_run_over_the_seeds_and_nothing_twice(run, tmp_path, monkeypatch, capsys):
-    comparison = run()
-    assert trained(tmp_path) == 2 * 2 + 2 * 2
-    assert [comparison.best_trial(arm).rates["dense"] for arm in ("control", "muon")] == [0.003, 0.003]
+    comparison = run(tuning_seeds=[0, 9], leaders=1)
+    assert trained(tmp_path) == 2 * 2 + 2 + 2 * 2
     final = comparison.finals("muon")[0]
     assert final.rates == {"dense": 0.003, "rest": 0.001, "tables": 0.1}
     assert (final.num_steps, final.curve_step, final.best_step) == (6, (1, 2, 3, 4, 5, 6), 6)
@@ -131,12 +131,12 @@ def test_arms_are_tuned_alike_then_run_over_the_seeds_and_nothing_twice(run, tmp
     assert final.events_per_s == pytest.approx(100.0)
     assert final.peak_memory_bytes == 1000
     assert final.test["ndcg@10"] == pytest.approx(final.per_target("ndcg@10").mean())
-    assert all(not trial.test for trial in comparison.trials("muon"))
+    assert all(not trial.test for trial in comparison.trials("muon", 1.0))
     assert not list((tmp_path / "out" / "runs").glob("*/checkpoints"))
     assert "muon reaches test NDCG@10" in " ".join(capsys.readouterr().out.split())
 
     # The same again; then another arm with fewer seeds: its own runs alone.
-    assert run().finals("muon")[0].run == final.run
+    assert run(tuning_seeds=[0, 9], leaders=1).finals("muon")[0].run == final.run
     assert trained(tmp_path) == 0
     arms = settings(None, tmp_path)["arms"]
     arms = {**arms, "normuon": {"overrides": {"dense_optimizer": "muon", "dense_optimizer.normuon_beta2": 0.9}}}
@@ -144,7 +144,12 @@ def test_arms_are_tuned_alike_then_run_over_the_seeds_and_nothing_twice(run, tmp
     assert trained(tmp_path) == 2 + 1
     assert [run.seed for run in fewer.finals("control")] == [2]
     kept = read_comparison(tmp_path / "out").runs
-    assert sorted((run.arm, run.seed) for run in kept if run.superseded) == [("control", 1), ("muon", 1)]
+    assert sorted((run.arm, run.seed) for run in kept if run.superseded) == [
+        ("control", 1),
+        ("control", 9),
+        ("muon", 1),
+        ("muon", 9),
+    ]
 
     # On another machine, with results.parquet alone.
     (tmp_path / "elsewhere").mkdir()
