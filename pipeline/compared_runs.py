@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import hashlib
 import json
 import logging
@@ -18,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from muonrec import checkpoint
+from muonrec.checkpoint.marker import MARKER, record_files
 from muonrec.comparison.collect import collect
 from muonrec.comparison.kept import Kept
 from muonrec.comparison.protocol import check_fingerprints, check_settings, check_tuned, matches
@@ -129,6 +132,8 @@ class Experiment:
         tree["data"] = self.fingerprint
         if (ids := semantic_ids_of(settings)) is not None:
             tree["semantic_ids"] = ids.fingerprint
+        if settings.init_from is not None:
+            tree["init_from"] = _contents_hash(settings.init_from)
         if self._config.ranks > 1:
             tree["ranks"] = self._config.ranks
         text = json.dumps(tree, sort_keys=True)
@@ -381,6 +386,22 @@ def targets_of_test(sequences: Sequences) -> dict[str, np.ndarray]:
         "history_length": places,
         "target_train_count": sequences.item_train_counts[targets],
     }
+
+
+@functools.cache
+def _contents_hash(source: Path) -> str:
+    """Hash of what a run starts from: of a file, or of the marker of the newest checkpoint, which hashes its files.
+
+    Raises:
+        ValueError: there is neither.
+    """
+    path: Path | None = source
+    if source.is_dir():
+        folders = [source] if checkpoint.is_committed(source) else checkpoint.newest_first(source / "checkpoints")
+        path = folders[0] / MARKER if folders else None
+    if path is None or not path.is_file():
+        raise ValueError(f"init_from={source} is no run with a finished checkpoint, no checkpoint and no file")
+    return record_files(path.parent, [path.name])[path.name].sha256[:12]
 
 
 def _machine(ranks: int, at_once: int) -> str:

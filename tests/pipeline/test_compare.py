@@ -250,6 +250,13 @@ def test_arms_resolve_to_settings_that_differ_as_they_say(dataset, tmp_path, mon
     assert experiment.config_hash(control) != experiment.config_hash(muon)
     moved = experiment.settings(Asked("muon", "final", 0.5, 3, None, rates), tmp_path / "elsewhere")
     assert experiment.config_hash(moved) == experiment.config_hash(muon)
+    # A run starts from what a file holds, wherever it lies.
+    for name, weights in (("a", b"1"), ("b", b"1"), ("c", b"2")):
+        (tmp_path / name).write_bytes(weights)
+    a, b, c = (
+        experiment.config_hash(control.model_copy(update={"init_from": tmp_path / name})) for name in ("a", "b", "c")
+    )
+    assert len({a, c, experiment.config_hash(control)}) == 3 and a == b
     assert muon.num_steps - control.num_steps == 0
     assert muon.schedule == control.schedule
 
