@@ -249,8 +249,8 @@ def print_answer(name: str, found: Answer) -> None:
         for cells in rows:
             table.add_row(*cells.values(), style="bold" if cells["arm"] == found.control else None)
         Console().print(table)
-    for arm in next(iter(found.arms.values()), {}).values():
-        Console().print(f"{arm.arm}: {', '.join(f'{rate} {value:g}' for rate, value in arm.rates.items())}")
+        for arm in arms.values():
+            Console().print(f"{arm.arm}: {', '.join(f'{rate} {value:g}' for rate, value in arm.rates.items())}")
     for flag in found.flags:
         logger.warning("%s", flag)
     Console().print(found.verdict)

@@ -8,6 +8,7 @@ import functools
 import hashlib
 import json
 import logging
+import math
 import os
 import platform
 import shutil
@@ -208,7 +209,7 @@ class Runs:
         earlier = read_comparison(config.output) if (config.output / RESULTS).is_file() else None
         if earlier is not None:
             self._check_data(earlier)
-        self._kept = Kept(earlier.runs if earlier else (), key=_identity, stands=self._stands)
+        self._kept = Kept(earlier.runs if earlier else (), self.design, key=_identity, stands=self._stands)
         write_targets(config.output, self._experiment.targets)
         self._planned = self._plan()
         total = sum(count * self._experiment.steps(budget) for (_, budget), count in self._planned.items())
@@ -262,9 +263,11 @@ class Runs:
 
     def _plan(self) -> dict[tuple[Stage, float], int]:
         """How many runs of each stage and budget are to be expected, before any search says how many it takes."""
-        design, arms = self.design, len(self.design.arms)
-        trials = design.trials + design.leaders * (len(design.tuning_seeds) - 1)
-        counts: dict[Stage, int] = {"tune": arms * trials, "final": arms * len(design.seeds)}
+        design = self.design
+        points = [min(design.trials, math.prod(map(len, arm.grids.values()))) for arm in design.arms]
+        # Leaders with the other seeds, and about as many that come from other arms or from beyond a grid.
+        leaders = [min(design.leaders, own) * len(design.tuning_seeds) for own in points]
+        counts: dict[Stage, int] = {"tune": sum(points + leaders), "final": len(design.arms) * len(design.seeds)}
         return {(stage, budget): count for budget in design.budgets for stage, count in counts.items()}
 
     def _expect(self, wanted: Sequence[RunResult]) -> None:
@@ -274,9 +277,10 @@ class Runs:
             if not self._planned[place]:
                 self.progress.expect_less(-run.num_steps)
             self._planned[place] = max(self._planned[place] - 1, 0)
-            if run.stage == "final":  # whose budget is tuned
-                self.progress.expect_less(self._planned["tune", run.budget] * run.num_steps)
-                self._planned["tune", run.budget] = 0
+        for budget in {run.budget for run in wanted if run.stage == "final"}:  # after these nothing more is asked of it
+            for stage in ("tune", "final"):
+                self.progress.expect_less(self._planned[stage, budget] * self._experiment.steps(budget))
+                self._planned[stage, budget] = 0
 
     def _check_data(self, earlier: Comparison) -> None:
         then, now = earlier.design.facts.get("fingerprint"), self._experiment.fingerprint
@@ -287,13 +291,7 @@ class Runs:
             )
 
     def _stands(self, run: RunResult) -> bool:
-        """Whether an earlier run would come out the same today, and the design has a place for it."""
-        config, arms = self._config, {arm.name: arm for arm in self.design.arms}
-        if run.arm not in arms or set(run.rates) != set(arms[run.arm].grids):
-            return False
-        seeds = config.seeds if run.stage == "final" else config.tuning_seeds
-        if run.seed not in seeds or run.budget not in config.budgets:
-            return False
+        """Whether an earlier run would come out the same today."""
         now = self._identify(Asked(run.arm, run.stage, run.budget, run.seed, run.trial, run.rates))
         return run.config_hash == now.config_hash and run.sources_hash in self._accepted(now)
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from muonrec.comparison.bootstrap import Paired, Pairs, mean_of, relative_t_interval, t_interval
 from muonrec.comparison.numbers import Answer, ArmAnswer, Group, Measured, Reached, Target
-from muonrec.comparison.points import best_of, grids_of
+from muonrec.comparison.points import best_of, grids_of, tried
 from muonrec.comparison.results import Comparison, Design, RunResult
 from muonrec.comparison.search import END, edges
 from muonrec.comparison.verdict import verdict
@@ -104,11 +104,15 @@ def flags(comparison: Comparison) -> list[str]:
                     f"The best {name} rate of {arm.name}{at}, {rates[name]:g}, is the {END[side]} end of what was "
                     "tried: a better one may lie beyond."
                 )
-            if len({tuple(run.rates.items()) for run in comparison.finals(arm.name, budget)}) > 1:
-                found.append(f"The final runs of {arm.name}{at} are at several rates: the comparison is under way.")
+            finals = comparison.finals(arm.name, budget)
+            if any(run.rates != rates for run in finals):
+                known = "are not at the rates that its search there chose" if rates else "are at rates not tuned there"
+                found.append(
+                    f"The final runs of {arm.name}{at} {known}: the comparison is under way or of an earlier kind."
+                )
     for arm in design.arms:
         for status, verb in (("diverged", "diverged"), ("failed", "failed")):
-            for stage, what in (("tune", "trials"), ("final", "final runs")):
+            for stage, what in (("tune", "tuning runs"), ("final", "final runs")):
                 own = [run for run in comparison.current if (run.arm, run.stage) == (arm.name, stage)]
                 if number := sum(run.status == status for run in own):
                     found.append(f"{number} of {len(own)} {what} of {arm.name} {verb}.")
@@ -148,16 +152,15 @@ def flags(comparison: Comparison) -> list[str]:
 
 def _unequal(comparison: Comparison, budget: float, at: str) -> list[str]:
     """A flag where the arms had unequal numbers of points or of their runs."""
-    points, runs, words = {}, {}, {}
+    counts, words = set(), []
     for name in comparison.arms:
-        own = [run for run in comparison.trials(name, budget) if run.status != "failed"]
-        points[name], runs[name] = len({run.trial for run in own}), len(own)
-        is_whole = points[name] >= math.prod(map(len, grids_of(comparison, name, budget).values()))
-        of_points = f"{points[name]}{' (its whole grid)' * is_whole}"
-        words[name] = f"{name} {of_points if runs[name] == points[name] else f'{of_points} in {runs[name]} runs'}"
-    if len(set(points.values())) == 1 and len(set(runs.values())) == 1:
-        return []
-    return [f"The arms had unequal numbers of trials{at}: {', '.join(words.values())}."]
+        own = tried(comparison.trials(name, budget), comparison.design)
+        num_runs = sum(len(point.values) + point.num_lost for point in own)
+        is_whole = len(own) >= math.prod(map(len, grids_of(comparison, name, budget).values()))
+        counts.add((len(own), num_runs))
+        runs = f" in {num_runs} runs" * (num_runs > len(own))
+        words.append(f"{name} {len(own)}{' (its whole grid)' * is_whole}{runs}")
+    return [f"The arms had unequal numbers of trials{at}: {', '.join(words)}."] if len(counts) > 1 else []
 
 
 def _ended_early(run: RunResult) -> bool:

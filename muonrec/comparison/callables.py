@@ -95,6 +95,8 @@ def compare(
         check_settings(arm, arms[arm], arms[control], named=named)
         check_tuned(arm, grids[arm], grids[control], may_differ=may_differ)
     check_seeds(seeds, tuning_seeds)
+    if trials < 1 or leaders < 1:
+        raise ValueError(f"trials={trials} and leaders={leaders} were asked; every arm needs at least one of each")
     design = Design(
         name,
         tuple(
@@ -130,7 +132,7 @@ class _Calls:
         self._train_arm, self._design, self._settings = train_arm, design, settings
         self._output, self._version = output, version
         earlier = read_comparison(output).runs if output is not None and (output / RESULTS).is_file() else ()
-        self._kept = Kept(earlier, key=lambda run: run.run, stands=lambda run: run.sources_hash == version)
+        self._kept = Kept(earlier, design, key=lambda run: run.run, stands=lambda run: run.sources_hash == version)
 
     def execute(self, asked: Sequence[Asked]) -> list[RunResult]:
         found = []
@@ -140,7 +142,8 @@ class _Calls:
             known = self._kept.like(identity)
             if known is not None:
                 logger.info("%s, %s, seed %d: known from %s", ask.arm, ask.rates, ask.seed, self._output)
-            result = self._call(identity, settings) if known is None else known
+            # Known perhaps as another trial: the search may have been asked otherwise then.
+            result = self._call(identity, settings) if known is None else dataclasses.replace(known, **vars(ask))
             self._kept.add(result)
             self._check(result)
             self._write()
@@ -170,7 +173,7 @@ class _Calls:
                     )
 
     def _key(self, ask: Asked, settings: Mapping[str, Any]) -> str:
-        # The arm and the trial count, too: arms with equal settings are runs of their own here.
+        # The arm counts, too: arms with equal settings are runs of their own here.
         told = [ask.arm, ask.stage, settings, ask.seed, ask.budget, self._version]
         text = json.dumps(told, sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:12]

@@ -302,7 +302,7 @@ def rate_panels(design: Design) -> dict[str, dict[str, str]]:
 def _draw_sensitivity(comparison: Comparison, budget: float) -> Any:
     """Every point, the best of each arm at each value of one rate, whatever the others were, and the one it got."""
     design, look = comparison.design, looks(comparison.design)
-    points = {arm: tried(comparison.trials(arm, budget), design.metric) for arm in comparison.arms}
+    points = {arm: tried(comparison.trials(arm, budget), design) for arm in comparison.arms}
     panels = {name: rates for name, rates in rate_panels(design).items() if any(points[arm] for arm in rates)}
     means = np.array([point.mean for own in points.values() for point in own if point.values])
     if not panels or not len(means):
@@ -319,21 +319,21 @@ def _draw_sensitivity(comparison: Comparison, budget: float) -> Any:
     for axis, (name, rates) in zip(axes, panels.items(), strict=True):
         for arm, rate in rates.items():
             colour, marker = look[arm].colour, look[arm].marker
-            tops: dict[float, float] = {}
             for point in points[arm]:
                 x = point.rates[rate]
                 if not point.values:
                     axis.plot([x], [edge], marker="x", color=colour, markersize=7, clip_on=False)
                     continue
-                tops[x] = point.mean if x not in tops else sign * max(sign * tops[x], sign * point.mean)
                 if sign * point.mean < sign * worst:
                     axis.plot([x], [edge], marker="v" if sign > 0 else "^", color=colour, markersize=5, clip_on=False)
                 else:
                     axis.plot([x], [point.mean], marker=marker, color=colour, alpha=0.4, markersize=4.5, linewidth=0)
-            xs = sorted(tops)
-            if xs:
-                handles[arm] = axis.plot(xs, [tops[x] for x in xs], color=colour, linewidth=1.2)[0]
-            chosen = best(points[arm], higher_is_better=design.higher_is_better)
+            xs = sorted({point.rates[rate] for point in points[arm]})
+            tops = [best([point for point in points[arm] if point.rates[rate] == x], design) for x in xs]
+            line = [(x, top.mean) for x, top in zip(xs, tops, strict=True) if top is not None]
+            if line:
+                axis.plot(*zip(*line, strict=True), color=colour, linewidth=1.2)
+            chosen = best(points[arm], design)
             if chosen is not None:
                 place = ([chosen.rates[rate]], [chosen.mean])
                 handles[arm] = axis.plot(*place, marker=marker, color=colour, markersize=10, mec="black", linewidth=0)[

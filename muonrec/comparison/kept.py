@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Hashable, Iterable, Iterator
 
-from muonrec.comparison.results import RunResult
+from muonrec.comparison.results import Design, RunResult
 
 
 class Kept:
@@ -15,15 +15,23 @@ class Kept:
 
     Args:
         runs: earlier ones.
+        design: an earlier run that it has no place for is superseded.
         key: what tells runs apart.
         stands: whether an earlier run would come out the same today.
     """
 
     def __init__(
-        self, runs: Iterable[RunResult], key: Callable[[RunResult], Hashable], stands: Callable[[RunResult], bool]
+        self,
+        runs: Iterable[RunResult],
+        design: Design,
+        key: Callable[[RunResult], Hashable],
+        stands: Callable[[RunResult], bool],
     ) -> None:
         self._key = key
-        self._runs = {key(run): run if run.superseded or stands(run) else _superseded(run) for run in runs}
+        self._runs = {
+            key(run): run if run.superseded or (_has_place(design, run) and stands(run)) else _superseded(run)
+            for run in runs
+        }
         self._asked: set[Hashable] = set()
 
     def __iter__(self) -> Iterator[RunResult]:
@@ -46,6 +54,13 @@ class Kept:
         for key, run in self._runs.items():
             if key not in self._asked:
                 self._runs[key] = _superseded(run)
+
+
+def _has_place(design: Design, run: RunResult) -> bool:
+    arms = {arm.name: arm for arm in design.arms}
+    seeds = design.seeds if run.stage == "final" else design.tuning_seeds
+    fits = run.arm in arms and set(run.rates) == set(arms[run.arm].grids)
+    return fits and run.seed in seeds and run.budget in design.budgets
 
 
 def _place(run: RunResult) -> tuple[Hashable, ...]:

@@ -32,42 +32,50 @@ class Tried:
         return sum(self.values.values()) / len(self.values) if self.values else math.nan
 
 
-def tried(runs: Iterable[RunResult], metric: str) -> list[Tried]:
+def tried(runs: Iterable[RunResult], design: Design) -> list[Tried]:
     """The points that trials of one arm and budget are of, in the order of the search."""
-    points: dict[int, Tried] = {}
+    points: dict[tuple[tuple[str, float], ...], Tried] = {}
     for run in runs:
         assert run.trial is not None
-        point = points.setdefault(run.trial, Tried(run.trial, run.rates, {}, 0))
-        value = run.valid.get(metric, math.nan)
-        if run.status == "done" and math.isfinite(value):
-            point.values[run.seed] = value
+        key = tuple(sorted(run.rates.items()))
+        point = points.setdefault(key, Tried(run.trial, run.rates, {}, 0))
+        value = value_of(run, design)
+        if value is None:
+            points[key] = dataclasses.replace(point, num_lost=point.num_lost + 1)
         else:
-            points[run.trial] = dataclasses.replace(point, num_lost=point.num_lost + 1)
-    return [points[trial] for trial in sorted(points)]
+            point.values[run.seed] = value
+    return sorted(points.values(), key=lambda point: point.trial)
 
 
-def best(points: Sequence[Tried], *, higher_is_better: bool = True) -> Tried | None:
-    """The point with the best mean, of those with the most seeds; the earlier of equals; None if none has any.
+def value_of(run: RunResult, design: Design) -> float | None:
+    """The main metric of a trial on validation; None if it came to nothing."""
+    value = run.valid.get(design.metric, math.nan)
+    return value if run.status == "done" and math.isfinite(value) else None
 
-    A single seed flatters the best of many points; several tell which one is good.
+
+def best(points: Sequence[Tried], design: Design) -> Tried | None:
+    """The point with the best mean, of those with the most seeds and without a lost run if there are any such.
+
+    A single seed flatters the best of many points; several tell which one is good. Of equals the earlier one; None if
+    no point has a value.
     """
-    most = max((len(point.values) for point in points), default=0)
-    able = [point for point in points if point.values and len(point.values) == most]
-    return max(able, key=lambda point: point.mean if higher_is_better else -point.mean, default=None)
+    able = [point for point in points if point.values and not point.num_lost]
+    able = able or [point for point in points if point.values]
+    most = max((len(point.values) for point in able), default=0)
+    whole = [point for point in able if len(point.values) == most]
+    return max(whole, key=lambda point: _sign(design) * point.mean, default=None)
 
 
-def leading(points: Sequence[Tried], count: int, *, seed: int, higher_is_better: bool = True) -> list[Tried]:
-    """The ``count`` best points by ``seed`` alone, which every point has been tried with."""
-    able = [point for point in points if seed in point.values]
-    sign = 1.0 if higher_is_better else -1.0
-    return sorted(able, key=lambda point: -sign * point.values[seed])[:count]
+def leading(points: Sequence[Tried], design: Design) -> list[Tried]:
+    """The points without a lost run, from the best by the first tuning seed, which all are tried with, to the worst."""
+    seed = design.tuning_seeds[0]
+    able = [point for point in points if seed in point.values and not point.num_lost]
+    return sorted(able, key=lambda point: -_sign(design) * point.values[seed])
 
 
 def best_of(comparison: Comparison, arm: str, budget: float) -> Tried | None:
-    """The point that the final runs of ``arm`` at ``budget`` are made at."""
-    design = comparison.design
-    points = tried(comparison.trials(arm, budget), design.metric)
-    return best(points, higher_is_better=design.higher_is_better)
+    """The point that the search of ``arm`` at ``budget`` ends with."""
+    return best(tried(comparison.trials(arm, budget), comparison.design), comparison.design)
 
 
 def grids_of(comparison: Comparison, arm: str, budget: float) -> dict[str, tuple[float, ...]]:
@@ -79,9 +87,5 @@ def grids_of(comparison: Comparison, arm: str, budget: float) -> dict[str, tuple
     }
 
 
-def value_of(run: RunResult, design: Design) -> float | None:
-    """The main metric of a trial on validation, higher is better; None for one that came to nothing."""
-    value = run.valid.get(design.metric, math.nan)
-    if run.status != "done" or not math.isfinite(value):
-        return None
-    return value if design.higher_is_better else -value
+def _sign(design: Design) -> float:
+    return 1.0 if design.higher_is_better else -1.0

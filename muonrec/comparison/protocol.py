@@ -71,8 +71,10 @@ def check_tuned(name: str, arm: Iterable[str], control: Iterable[str], *, may_di
 
 
 def check_seeds(seeds: Sequence[int], tuning_seeds: Sequence[int]) -> None:
-    """Refuse final runs that are no news. Raises ValueError: a seed twice, or the tuning's, which chose the rates."""
+    """Refuse final runs that are no news. Raises ValueError: none, one twice, or the tuning's, which chose rates."""
     for name, own in (("seeds", seeds), ("tuning_seeds", tuning_seeds)):
+        if not own:
+            raise ValueError(f"{name} is empty; give at least one")
         if len(set(own)) < len(own):
             raise ValueError(f"{name}={list(own)} holds a seed twice, which would count as evidence twice")
     if both := sorted({*seeds} & {*tuning_seeds}):

@@ -13,6 +13,7 @@ from muonrec.comparison.figures import FIGURES, budget_name, draw_comparison, lo
 from muonrec.comparison.numbers import Answer, ArmAnswer, Measured, Target
 from muonrec.comparison.points import best, grids_of, tried
 from muonrec.comparison.results import Arm, Comparison
+from muonrec.comparison.search import edges
 from muonrec.comparison.verdict import lost_seeds, shown, spread
 from muonrec.metrics import Interval
 from muonrec.page import duration, percent, pretty, short, write_page
@@ -157,10 +158,10 @@ def _tuning(comparison: Comparison) -> list[dict[str, Any]]:
 
 
 def _tuned(comparison: Comparison, arm: Arm, budget: float) -> dict[str, Any]:
-    design = comparison.design
-    points = tried(comparison.trials(arm.name, budget), design.metric)
-    chosen = best(points, higher_is_better=design.higher_is_better)
+    points = tried(comparison.trials(arm.name, budget), comparison.design)
+    chosen = best(points, comparison.design)
     grids = grids_of(comparison, arm.name, budget)
+    at_edge = {name for name, _ in edges(chosen.rates, grids)} if chosen is not None else set()
     runs = sum(len(point.values) + point.num_lost for point in points)
     rows = []
     for name, grid in grids.items():
@@ -169,7 +170,7 @@ def _tuned(comparison: Comparison, arm: Arm, budget: float) -> dict[str, Any]:
             {
                 "name": name,
                 "value": "–" if value is None else f"{value:g}",
-                "at_edge": bool(len(grid) > 1 and value in (grid[0], grid[-1])),
+                "at_edge": name in at_edge,
                 "grid": ", ".join(f"{one:g}" for one in grid),
                 "settings": ", ".join(arm.rate_settings.get(name, ())),
             }
@@ -202,7 +203,8 @@ def _protocol(comparison: Comparison) -> dict[str, Any]:
     ]
     return {
         "trials": design.trials,
-        "leaders": design.leaders if len(design.tuning_seeds) > 1 else 0,
+        "leaders": design.leaders,
+        "is_tuned_apart": all(comparison.trials(design.control, budget) for budget in design.budgets),
         "tuning_seeds": len(design.tuning_seeds),
         "seeds": ", ".join(map(str, design.seeds)),
         "budgets": ", ".join(budget_name(comparison, budget) for budget in design.budgets),

@@ -104,7 +104,8 @@ class Design:
             for key in ("grids", "rate_settings"):
                 arm[key] = {name: tuple(values) for name, values in arm[key].items()}
         for key in ("tuning_seeds", "seeds", "budgets", "popularity_bounds", "length_bounds"):
-            tree[key] = tuple(tree.get(key, (0,)))  # earlier files have no tuning_seeds
+            if key in tree:  # earlier files have no tuning_seeds
+                tree[key] = tuple(tree[key])
         return cls(**{**tree, "arms": tuple(Arm(**arm) for arm in tree["arms"])})
 
 

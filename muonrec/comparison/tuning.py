@@ -34,50 +34,52 @@ Check = Callable[[Asked], object]
 def carry_out(design: Design, execute: Execute, *, max_extensions: int, check: Check = lambda asked: None) -> None:
     """Tune and run the seeds, one budget after the other, the largest first; nothing of one depends on another.
 
+    A budget gets no final runs while a trial of it has failed, which might have chosen other rates.
+
     Args:
         design: what is compared.
         execute: carries out runs.
         max_extensions, check: as of `tune`.
     """
     for budget in design.budgets:
-        rates = tune(design, execute, budget=budget, max_extensions=max_extensions, check=check)
-        execute(final_runs(design, budget, rates))
+        tuning = tune(design, execute, budget=budget, max_extensions=max_extensions, check=check)
+        if tuning.num_failed:
+            logger.error("budget %g gets no final runs before its %d failed trials are done", budget, tuning.num_failed)
+            execute([])
+        else:
+            execute(final_runs(design, budget, tuning.rates))
 
 
 def tune(
-    design: Design,
-    execute: Execute,
-    *,
-    budget: float = 1.0,
-    max_extensions: int,
-    check: Check = lambda asked: None,
-) -> dict[str, Point]:
+    design: Design, execute: Execute, *, budget: float, max_extensions: int, check: Check = lambda asked: None
+) -> Tuning:
     """Search every arm's rates with the same number of trials, on validation alone.
 
-    First `Search` at one seed. Then what leads in an arm is tried by every arm that tunes the same settings over the
-    same grids, so that none wins by having been asked the better question; the others get as many more points of their
-    own search. Then what leads in each arm is run with the other tuning seeds, and their mean decides, since the best
-    of many points by one seed is good by luck. Where it lies at the end of a grid, every arm that has this rate tries
-    its own best with the next value beyond, every other arm one more point of its search, and leaders are run again.
+    First `Search` at one seed. Then, until nothing is left to ask:
+
+    - what leads in an arm is tried by every arm that tunes the same settings over the same grids, so that none wins by
+      having been asked the better question; the others get as many more points, drawn by their own search;
+    - what leads in each arm is run with the other tuning seeds, and the mean decides, since the best of many points by
+      one seed is good by luck; as many points of every arm;
+    - where the best lies at the end of a grid, every arm that has this rate tries its own best with the next value
+      beyond, every other arm one more point, ``max_extensions`` times.
 
     Args:
-        design: what is compared, with the seeds of the tuning and how many lead.
+        design: what is compared, with the seeds of the tuning and how many points lead.
         execute: carries out trials.
         budget: of the trials.
-        max_extensions: how often a grid is extended at its ends.
+        max_extensions: how often grids are extended.
         check: a grid ends before rates that it refuses.
-
-    Returns:
-        The best rates of every arm that has a finished trial.
     """
-    tuning = _Tuning(design, execute, budget)
+    tuning = Tuning(design, execute, budget)
     tuning.search()
-    tuning.run_leaders()
-    for _ in range(max_extensions):
-        if not tuning.extend(check):
-            break
-        tuning.run_leaders()
-    return {name: point.rates for name, point in tuning.best().items()}
+    while True:
+        if tuning.exchange() or tuning.repeat():
+            continue
+        if max_extensions and tuning.extend(check):
+            max_extensions -= 1
+            continue
+        return tuning
 
 
 def final_runs(design: Design, budget: float, rates: dict[str, Point]) -> list[Asked]:
@@ -90,8 +92,8 @@ def final_runs(design: Design, budget: float, rates: dict[str, Point]) -> list[A
     ]
 
 
-class _Tuning:
-    """The trials of all arms so far, numbered in the order of the search; each number is a point of its own."""
+class Tuning:
+    """The trials of all arms at one budget, numbered in the order of the search; each number is a point of its own."""
 
     def __init__(self, design: Design, execute: Execute, budget: float) -> None:
         self._design, self._execute, self._budget = design, execute, budget
@@ -99,20 +101,38 @@ class _Tuning:
         self._searches = {arm.name: Search(arm.grids, trials=design.trials, seed=self._first) for arm in design.arms}
         self._points: dict[str, list[Point]] = {arm.name: [] for arm in design.arms}
         self._runs: dict[str, list[RunResult]] = {arm.name: [] for arm in design.arms}
+        self._refused: set[Edge] = set()
+
+    @property
+    def rates(self) -> dict[str, Point]:
+        """The best rates of every arm that has a finished trial."""
+        found = {name: best(self._tried(name), self._design) for name in self._points}
+        return {name: point.rates for name, point in found.items() if point is not None}
+
+    @property
+    def num_failed(self) -> int:
+        """Trials that failed for another reason than their rates."""
+        return sum(run.status == "failed" for runs in self._runs.values() for run in runs)
 
     def search(self) -> None:
         """Run the trials of every arm's search."""
+        sign = 1.0 if self._design.higher_is_better else -1.0
         while asked := {name: points for name, search in self._searches.items() if (points := search.ask())}:
-            values = self._run(asked, [self._first])
-            for name in asked:
-                self._searches[name].tell(values[name])
+            self._run(asked, [self._first])
+            for name, points in asked.items():
+                values = [value_of(run, self._design) for run in self._runs[name][-len(points) :]]
+                self._searches[name].tell([value if value is None else sign * value for value in values])
 
-    def run_leaders(self) -> None:
-        """Try what leads in an arm in the others like it, and run what leads then with the other seeds."""
-        leaders = {name: [point.rates for point in self._leading(name)] for name in self._points}
+    def exchange(self) -> bool:
+        """Try what leads in an arm in the others like it; whether there was anything left to try."""
         asked = {
             arm.name: _without(
-                [point for other in self._design.arms if _are_alike(arm, other) for point in leaders[other.name]],
+                [
+                    point.rates
+                    for other in self._design.arms
+                    if _are_alike(arm, other)
+                    for point in self._leading(other.name)[: self._design.leaders]
+                ],
                 self._points[arm.name],
             )
             for arm in self._design.arms
@@ -120,16 +140,28 @@ class _Tuning:
         most = max(len(self._points[name]) + len(points) for name, points in asked.items())
         for name, points in asked.items():
             points += self._further(name, most - len(self._points[name]) - len(points), taken=points)
-        self._run(asked, [self._first])
-        if self._others:
-            self._run({name: [p.rates for p in self._leading(name)] for name in self._points}, self._others)
+        return self._run(asked, [self._first])
+
+    def repeat(self) -> bool:
+        """Run what leads in each arm with the other seeds, as many points of each; whether any were left to run."""
+        leaders = {}
+        for name in self._points:
+            points = self._leading(name)
+            kept = [point for point in points if len(point.values) > 1]
+            leaders[name] = kept + [point for point in points[: self._design.leaders] if point not in kept]
+        most = max(map(len, leaders.values()))
+        asked = {
+            name: [*own, *(point for point in self._leading(name) if point not in own)][:most]
+            for name, own in leaders.items()
+        }
+        return self._run({name: [point.rates for point in own] for name, own in asked.items()}, self._others)
 
     def extend(self, check: Check) -> bool:
         """Try what lies beyond the ends of grids at which a best lies; whether there was any such."""
-        own = {name: point.rates for name, point in self.best().items()}
+        own = self.rates
         at = {edge for arm in self._design.arms if arm.name in own for edge in edges(own[arm.name], arm.grids)}
         asked: dict[str, list[Point]] = {name: [] for name in self._points}
-        for edge in sorted(at):
+        for edge in sorted(at - self._refused):
             arms = tuple(_extended(arm, edge) for arm in self._design.arms)
             ends = {
                 arm.name: {**own[arm.name], edge[0]: arm.grids[edge[0]][0 if edge[1] < 0 else -1]}
@@ -141,36 +173,29 @@ class _Tuning:
                     check(Asked(name, "tune", self._budget, self._first, None, point))
             except ValueError as error:
                 logger.warning("a best %s lies at the %s end of its grid, and beyond: %s", edge[0], END[edge[1]], error)
+                self._refused.add(edge)
                 continue
             logger.info("a best %s lies at the %s end of its grid; every arm tries one more", edge[0], END[edge[1]])
             self._design = dataclasses.replace(self._design, arms=arms)
             for name, points in asked.items():
                 points += [ends[name]] if name in ends else self._further(name, 1, taken=points)
-        self._run(asked, [self._first])
-        return any(asked.values())
-
-    def best(self) -> dict[str, Tried]:
-        """The best point of every arm that has one."""
-        found = {name: best(self._tried(name), higher_is_better=self._design.higher_is_better) for name in self._points}
-        return {name: point for name, point in found.items() if point is not None}
+        return self._run(asked, [self._first])
 
     def _tried(self, name: str) -> list[Tried]:
-        return tried(self._runs[name], self._design.metric)
+        return tried(self._runs[name], self._design)
 
     def _leading(self, name: str) -> list[Tried]:
-        design = self._design
-        points = self._tried(name)
-        return leading(points, design.leaders, seed=self._first, higher_is_better=design.higher_is_better)
+        return leading(self._tried(name), self._design)
 
     def _further(self, name: str, count: int, *, taken: list[Point]) -> list[Point]:
-        """``count`` more points of an arm's search, none tried or ``taken``; fewer if the grids have no more."""
+        """``count`` more points that an arm's search draws, none tried or ``taken``; fewer if it has no more."""
         found: list[Point] = []
         while len(found) < count and (points := self._searches[name].ask_further(1)):
             found += _without(points, [*self._points[name], *taken, *found])
         return found
 
-    def _run(self, points: dict[str, list[Point]], seeds: Sequence[int]) -> dict[str, list[float | None]]:
-        """Run a trial at each point with each seed; the values by arm, in the order of the points, then seeds."""
+    def _run(self, points: dict[str, list[Point]], seeds: Sequence[int]) -> bool:
+        """Run a trial at each point with each seed, but for those that were run; whether there were any others."""
         for name, own in points.items():
             self._points[name] += _without(own, self._points[name])
         asked = [
@@ -180,11 +205,9 @@ class _Tuning:
             for seed in seeds
         ]
         asked = [ask for ask in asked if not self._is_done(ask)]
-        values: dict[str, list[float | None]] = {name: [] for name in points}
         for ask, result in zip(asked, self._execute(asked) if asked else (), strict=True):
             self._runs[ask.arm].append(result)
-            values[ask.arm].append(value_of(result, self._design))
-        return values
+        return bool(asked)
 
     def _is_done(self, ask: Asked) -> bool:
         return any((run.trial, run.seed) == (ask.trial, ask.seed) for run in self._runs[ask.arm])

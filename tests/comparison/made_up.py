@@ -1,5 +1,7 @@
 """A made-up comparison, small or as large as a real one, for the tests of what reads comparisons."""
 
+import itertools
+
 import numpy as np
 
 from muonrec.comparison.results import Arm, Comparison, Design, RunResult, Spectrum
@@ -42,12 +44,15 @@ def made_up_comparison(*, lift=0.05, num_users=400, evaluations=50, num_items=10
     lifts = {"one-rate": -0.2, "control": 0.0, "muon": lift}
     runs = []
     for arm in design.arms:
-        for trial in range(design.trials):
-            rates = {name: values[int(generator.integers(len(values)))] for name, values in arm.grids.items()}
-            loss = sum(abs(np.log(value / np.median(arm.grids[name]))) for name, value in rates.items())
-            runs.append(_run(arm.name, "tune", 1.0, 0, trial, rates, lifts[arm.name] - 0.03 * loss, evaluations))
-        rates = {name: values[len(values) // 2] for name, values in arm.grids.items()}
+        grid = [dict(zip(arm.grids, values, strict=True)) for values in itertools.product(*arm.grids.values())]
         for budget in design.budgets:
+            trials = []
+            for trial, place in enumerate(generator.permutation(len(grid))[: design.trials]):
+                loss = sum(abs(np.log(value / np.median(arm.grids[name]))) for name, value in grid[place].items())
+                lift = lifts[arm.name] - 0.03 * loss
+                trials.append(_run(arm.name, "tune", budget, 0, trial, grid[place], lift, evaluations))
+            runs += trials
+            rates = max(trials, key=lambda run: run.valid["ndcg@10"]).rates
             for seed in design.seeds:
                 known = lifts[arm.name] - 0.1 * (1 - budget)
                 # One draw per user and seed, so that arms are paired as real ones are.

@@ -44,12 +44,21 @@ def test_arms_are_tuned_by_their_lists_and_compared(tmp_path, monkeypatch):
     muon = found.arms[1.0]["muon"]
     assert muon.test["auc"].difference.mean == pytest.approx(0.01 / 0.6915)
     assert muon.test["log_loss"].difference.high < 0
-    assert "1 of 4 trials of control diverged." in found.flags
+    assert "1 of 4 tuning runs of control diverged." in found.flags
     assert "muon reaches test AUC 0.7015, +1.4 %" in found.verdict
 
     again = Trainer()
     assert len(muonrec.compare(again, ARMS, "auc", output=tmp_path, **FEW).runs) == 12
     assert again.calls == []
+    # Fewer trials now: what is known counts as the trial that it would be today.
+    fewer = muonrec.compare(again, ARMS, "auc", output=tmp_path, **{**FEW, "trials": 2})
+    assert again.calls == []
+    for arm in ARMS:
+        assert sorted({run.trial for run in fewer.trials(arm, 1.0)}) == list(
+            range(len({run.rates["lr"] for run in fewer.trials(arm, 1.0)}))
+        )
+    with pytest.raises(ValueError, match="trials=3 and leaders=0 were asked"):
+        muonrec.compare(again, ARMS, "auc", **{**FEW, "leaders": 0})
     monkeypatch.setattr("muonrec.comparison.callables._version_of", lambda _: "2")  # the file was edited
     muonrec.compare(again, ARMS, "auc", output=tmp_path, **FEW)
     assert len(again.calls) == 12

@@ -3,7 +3,11 @@
 import dataclasses
 
 from muonrec.comparison.kept import Kept
-from muonrec.comparison.results import RunResult
+from muonrec.comparison.results import Arm, Design, RunResult
+
+DESIGN = Design(
+    "kept", tuple(Arm(name, grids={"lr": (0.1, 1.0)}) for name in ("control", "muon")), "control", seeds=(1, 2, 3, 4)
+)
 
 
 def run(name, *, seed=1, arm="muon", sources="new"):
@@ -17,7 +21,8 @@ def counted(kept):
 def test_an_earlier_run_counts_until_another_is_asked_for_in_its_place():
     gone = dataclasses.replace(run("gone", seed=4), superseded=True)
     earlier = [run("a"), run("b", seed=2), run("stale", seed=3, sources="old"), gone]
-    kept = Kept(earlier, key=lambda run: run.run, stands=lambda run: run.sources_hash == "new")
+    earlier += [run("another arm", arm="adam"), run("another seed", seed=7)]
+    kept = Kept(earlier, DESIGN, key=lambda run: run.run, stands=lambda run: run.sources_hash == "new")
     assert counted(kept) == ["a", "b"]
     assert kept.like(run("a")) == earlier[0]
     assert kept.like(run("c")) is None
@@ -29,4 +34,4 @@ def test_an_earlier_run_counts_until_another_is_asked_for_in_its_place():
     kept.add(run("d", arm="control"))
     kept.let_go()
     assert counted(kept) == ["gone", "c", "d"]
-    assert [run.run for run in kept] == ["a", "b", "stale", "gone", "c", "d"]
+    assert [run.run for run in kept] == ["a", "b", "stale", "gone", "another arm", "another seed", "c", "d"]

@@ -1,9 +1,13 @@
 """The order of a comparison, with runs that are functions of their rates."""
 
 import dataclasses
+import math
+
+import numpy as np
+import pytest
 
 from muonrec.comparison.results import RunResult
-from muonrec.comparison.tuning import carry_out, final_runs, tune
+from muonrec.comparison.tuning import Asked, carry_out, final_runs, tune
 from tests.comparison.made_up import made_up_design
 
 BEST = {"lr": 1e-3, "dense": 1e-3, "rest": 1e-3, "tables": 0.4}
@@ -25,6 +29,10 @@ def executor(log, value_of=None, broken=()):
     return execute
 
 
+def rates_of(design, execute, **asked):
+    return tune(design, execute, **{"budget": 1.0, "max_extensions": 0, **asked}).rates
+
+
 def towards(best):
     return lambda ask: -sum(abs(rate / best[name] - 1) for name, rate in ask.rates.items())
 
@@ -40,7 +48,7 @@ def points(log, arm):
 def test_every_arm_gets_the_same_trials_numbered_in_order_and_its_best_rates():
     design, log = made_up_design(trials=4), []
     design = dataclasses.replace(design, tuning_seeds=(7,))
-    rates = tune(design, executor(log), max_extensions=0)
+    rates = rates_of(design, executor(log))
     assert counted(log) == {"one-rate": 4, "control": 4, "muon": 4}
     assert [ask.trial for ask in log if ask.arm == "muon"] == [0, 1, 2, 3]
     assert {(ask.stage, ask.budget, ask.seed) for ask in log} == {("tune", 1.0, 7)}
@@ -56,7 +64,7 @@ def test_several_seeds_decide_between_the_leaders():
         lucky = {3e-4: 0.5, 1e-3: 0.4, 3e-3: 0.3, 1e-2: 0.1} if ask.seed == 0 else {3e-4: 0.1, 1e-3: 0.2, 3e-3: 0.9}
         return lucky.get(ask.rates["lr"], 0.0) if "lr" in ask.rates else towards(BEST)(ask)
 
-    rates = tune(design, executor(log, value_of), max_extensions=0)
+    rates = rates_of(design, executor(log, value_of))
     assert rates["one-rate"] == {"lr": 1e-3}  # neither the luckiest, nor what no leader is
     repeated = [(ask.rates["lr"], ask.seed) for ask in log if ask.arm == "one-rate" and ask.seed]
     assert sorted(repeated) == [(3e-4, 8), (3e-4, 9), (1e-3, 8), (1e-3, 9)]
@@ -66,7 +74,7 @@ def test_several_seeds_decide_between_the_leaders():
 def test_what_leads_in_an_arm_is_tried_by_every_arm_like_it_and_all_have_equal_trials():
     design, log = dataclasses.replace(made_up_design(trials=6), tuning_seeds=(0, 8), leaders=1), []
     best = {"control": {**BEST, "dense": 3e-4}, "muon": {**BEST, "dense": 1e-2}, "one-rate": BEST}
-    tune(design, executor(log, lambda ask: towards(best[ask.arm])(ask)), max_extensions=0)
+    rates_of(design, executor(log, lambda ask: towards(best[ask.arm])(ask)))
     for arm, other in (("control", "muon"), ("muon", "control")):
         led = next(ask.rates for ask in log if ask.arm == other and ask.seed == 8)
         assert led in [ask.rates for ask in log if ask.arm == arm and ask.seed == 0]
@@ -84,7 +92,7 @@ def test_a_best_at_an_end_of_a_grid_is_extended_for_every_arm_alike():
     many = {"lr": tuple(1e-3 * 1.1**place for place in range(-20, 21))}
     one_rate = dataclasses.replace(design.arms[0], grids=many)
     design = dataclasses.replace(design, arms=(one_rate, *design.arms[1:]))
-    rates = tune(design, executor(log, towards(best)), max_extensions=2)
+    rates = rates_of(design, executor(log, towards(best)), max_extensions=2)
     first = [ask for ask in log if ask.seed == 0]
     own = counted(first)
     assert own["one-rate"] == own["control"] == own["muon"] > 30
@@ -94,7 +102,7 @@ def test_a_best_at_an_end_of_a_grid_is_extended_for_every_arm_alike():
         assert 8 in [ask.seed for ask in log if ask.arm == name and ask.rates == rates[name]]
 
     log.clear()
-    tune(design, executor(log, towards(best)), max_extensions=0)
+    rates_of(design, executor(log, towards(best)))
     assert max(ask.rates.get("tables", 0) for ask in log) == 0.8
 
 
@@ -105,7 +113,7 @@ def test_a_grid_ends_before_rates_that_cannot_be_run():
         if asked.rates.get("tables", 0) > 1:
             raise ValueError("tables above 1")
 
-    rates = tune(design, executor(log, towards({**BEST, "tables": 3.0})), max_extensions=2, check=check)
+    rates = rates_of(design, executor(log, towards({**BEST, "tables": 3.0})), max_extensions=2, check=check)
     assert rates["muon"]["tables"] == 0.8
     assert max(ask.rates.get("tables", 0) for ask in log) == 0.8
 
@@ -113,10 +121,9 @@ def test_a_grid_ends_before_rates_that_cannot_be_run():
 def test_a_value_that_is_no_number_is_not_the_best():
     design = made_up_design(trials=4)
     log = []
-    rates = tune(
+    rates = rates_of(
         design,
         executor(log, lambda ask: float("nan") if ask.trial == 0 else towards(BEST)(ask)),
-        max_extensions=0,
     )
     assert all(rates[ask.arm] != ask.rates for ask in log if ask.trial == 0)
 
@@ -127,20 +134,48 @@ def test_a_leader_that_fails_with_another_seed_is_not_the_best():
     def value_of(ask):
         return float("nan") if ask.seed == 8 and ask.rates.get("lr") == 1e-3 else towards(BEST)(ask)
 
-    assert tune(design, executor(log), max_extensions=0)["one-rate"] == {"lr": 1e-3}
-    assert tune(design, executor(log, value_of), max_extensions=0)["one-rate"] == {"lr": 3e-4}
+    assert rates_of(design, executor(log))["one-rate"] == {"lr": 1e-3}
+    log.clear()
+    assert rates_of(design, executor(log, value_of))["one-rate"] == {"lr": 3e-4}
+    # Another point takes its place among those that are run with every seed.
+    assert len({ask.rates["lr"] for ask in log if ask.arm == "one-rate" and ask.seed == 8}) == 3
 
 
-def test_failed_trials_count_as_worst_and_an_arm_without_any_other_gets_no_final_runs():
-    design = made_up_design(trials=2, seeds=(1, 2))
+def test_an_arm_without_a_finished_trial_has_no_rates_and_a_budget_with_failures_no_final_runs():
+    design, log = made_up_design(trials=2, seeds=(1, 2), budgets=(1.0, 0.5)), []
     broken = {("muon", number) for number in range(20)}
-    rates = tune(design, executor([], broken=broken), max_extensions=1)
-    assert set(rates) == {"one-rate", "control"}
-    finals = final_runs(design, 0.5, rates)
-    assert [(ask.budget, ask.seed, ask.arm) for ask in finals] == [
-        (0.5, seed, arm) for seed in (1, 2) for arm in ("one-rate", "control")
+    assert set(rates_of(design, executor([], broken=broken), max_extensions=1)) == {"one-rate", "control"}
+    carry_out(design, executor(log, broken=broken), max_extensions=1)
+    assert not any(ask.stage == "final" for ask in log)
+    carry_out(design, executor(log), max_extensions=1)
+    finals = [ask for ask in log if ask.stage == "final"]
+    assert [(ask.budget, ask.seed, ask.arm, ask.trial) for ask in finals] == [
+        (budget, seed, arm.name, None) for budget in (1.0, 0.5) for seed in (1, 2) for arm in design.arms
     ]
-    assert all(ask.rates == rates[ask.arm] and ask.trial is None for ask in finals)
+    rates = {"lr": 1e-3}
+    assert final_runs(design, 0.5, {"one-rate": rates}) == [
+        Asked("one-rate", "final", 0.5, seed, None, rates) for seed in (1, 2)
+    ]
+
+
+@pytest.mark.parametrize("salt", range(12))
+def test_in_any_landscape_no_arm_wins_at_a_point_that_its_twin_was_not_asked(salt):
+    design = dataclasses.replace(made_up_design(trials=8), tuning_seeds=(0, 8, 9), leaders=2)
+    places = {"dense": 1e-3, "rest": 1e-3, "tables": 0.3, "lr": 2e-3}
+
+    def value_of(ask):
+        key = [salt, len(ask.arm), ask.seed, *(round(1e6 * rate) for rate in ask.rates.values())]
+        distance = sum(math.log(rate / places[name]) ** 2 for name, rate in ask.rates.items())
+        return float(-distance + np.random.default_rng(key).normal(0, 2.0))
+
+    log = []
+    tuning = tune(design, executor(log, value_of), budget=1.0, max_extensions=2)
+    tried = {arm: [ask.rates for ask in log if ask.arm == arm and ask.seed == 0] for arm in ("control", "muon")}
+    assert tuning.rates["muon"] in tried["control"] and tuning.rates["control"] in tried["muon"]
+    assert len(tried["muon"]) == len(tried["control"])
+    repeated = {arm: sum(ask.arm == arm and ask.seed > 0 for ask in log) for arm in ("control", "muon")}
+    assert repeated["muon"] == repeated["control"] >= 4
+    assert len({(ask.arm, ask.seed, *ask.rates.values()) for ask in log}) == len(log)
 
 
 def test_every_budget_is_tuned_by_itself_and_does_not_depend_on_the_others():
@@ -161,5 +196,5 @@ def test_every_budget_is_tuned_by_itself_and_does_not_depend_on_the_others():
 
 def test_lower_may_be_better():
     design = dataclasses.replace(made_up_design(trials=4), higher_is_better=False, tuning_seeds=(0, 8), leaders=2)
-    rates = tune(design, executor([]), max_extensions=0)
+    rates = rates_of(design, executor([]))
     assert rates["one-rate"] == {"lr": 1e-2}  # the worst of the other test
