@@ -94,7 +94,8 @@ class CompareConfig(Config):
         seeds: of the final runs; the tuning's, which the rates suit, are refused.
         budgets: fractions of the experiment's steps; each is tuned by itself, and its runs have full schedules of
             their own.
-        evaluate_every: fraction of a run's steps between two validations.
+        evaluate_every: fraction of a final run's steps between two validations.
+        evaluate_trials_every: the same of a trial, whose best validation alone matters: half of a short run's time.
         validation_users: whom a run is validated on; null: everybody.
         max_extensions: how often a grid whose end is best is extended by a value, for every arm.
         popularity_bounds: tail, middle and head: training events of the held-out item.
@@ -119,6 +120,7 @@ class CompareConfig(Config):
     seeds: Annotated[list[int], Field(min_length=1)] = [1, 2, 3, 4, 5]
     budgets: Annotated[list[Annotated[float, Field(gt=0, le=1)]], Field(min_length=1)] = [1.0]
     evaluate_every: float = Field(default=0.02, gt=0, le=0.02)
+    evaluate_trials_every: float = Field(default=0.1, gt=0, le=0.5)
     validation_users: int | None = Field(default=5000, ge=1)
     max_extensions: int = Field(default=2, ge=0)
     popularity_bounds: list[int] = [5, 20]

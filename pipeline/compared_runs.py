@@ -118,7 +118,8 @@ class Experiment:
         tree |= {"tensorboard": False, "fingerprints": True}
         if asked.stage == "final" and asked.seed == config.seeds[0]:
             tree["spectra_every_steps"] = max(num_steps // _SPECTRA_PER_RUN, 1)
-        set_at(tree, "validation.every_steps", max(int(config.evaluate_every * num_steps), 1))
+        every = config.evaluate_every if asked.stage == "final" else config.evaluate_trials_every
+        set_at(tree, "validation.every_steps", max(int(every * num_steps), 1))
         set_at(tree, "validation.max_users", config.validation_users)
         set_at(tree, "validation.patience", 0)  # every run has the steps of its budget
         return parse_config(TrainConfig, tree, source=f"arm {asked.arm}")

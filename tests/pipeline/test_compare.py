@@ -246,6 +246,8 @@ def test_arms_resolve_to_settings_that_differ_as_they_say(dataset, tmp_path, mon
     muon = experiment.settings(Asked("muon", "final", 0.5, 3, None, rates), tmp_path)
     assert (muon.num_steps, muon.validation.every_steps, muon.seed, muon.fingerprints) == (500, 10, 3, True)
     assert (muon.dense_optimizer.name, muon.tables["item"].lr) == ("muon", 0.4)
+    trial = experiment.settings(Asked("muon", "tune", 0.5, 0, 3, rates), tmp_path)
+    assert trial.validation.every_steps == 50
     control = experiment.settings(Asked("control", "final", 0.5, 3, None, rates), tmp_path)
     assert experiment.config_hash(control) != experiment.config_hash(muon)
     moved = experiment.settings(Asked("muon", "final", 0.5, 3, None, rates), tmp_path / "elsewhere")
