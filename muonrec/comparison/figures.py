@@ -57,6 +57,8 @@ def budget_name(comparison: Comparison, budget: float) -> str:
 def draw_comparison(comparison: Comparison, answer: Answer, folder: Path) -> dict[str, str]:
     """Draw every figure that has something to show; a PNG each into ``folder``, and the SVG texts by name.
 
+    Other PNGs there, of an earlier look of the comparison, go.
+
     ``results``, ``savings`` and ``validation`` show all budgets; ``sensitivity-B``, ``groups-B`` and ``spectra-B``
     that of budget ``B``.
     """
@@ -70,6 +72,9 @@ def draw_comparison(comparison: Comparison, answer: Answer, folder: Path) -> dic
     for budget in answer.arms:
         draws[f"groups-{budget:g}"] = lambda budget=budget: _draw_groups(comparison, answer, budget)  # type: ignore[misc]
         draws[f"spectra-{budget:g}"] = lambda budget=budget: _draw_spectra(comparison, budget)  # type: ignore[misc]
+    for path in folder.glob("*.png"):
+        if path.stem not in draws:
+            path.unlink()
     return save_figures(draws, folder)
 
 
