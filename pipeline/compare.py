@@ -143,6 +143,12 @@ class CompareConfig(Config):
 
 
 _EPILOG = """\
+protocol, at each budget by itself: every arm searches as many points of its grids by one seed (trials); arms that tune
+the same settings over the same grids try each other's best (leaders), and the others as many more points; the leaders
+of each arm are run with the other tuning_seeds, and their mean decides; where the best lies at the end of a grid, it is
+extended for every arm. All on validation alone. Then the seeds run at the rates found, and are ranked on the test
+items. Arms start from the same weights, see the same batches and differ in nothing that the config does not name.
+
 The runs are a queue on disk. The same command again goes on where it stopped, here or, with results.parquet, on
 another machine; a finished run is not repeated unless its settings or the sources that training reads have changed, so
 adding an arm, a seed or a budget runs just those.
