@@ -32,6 +32,7 @@ from pipeline.compared_runs import Runs
 
 logger = logging.getLogger(__name__)
 
+_WIDE = 120  # columns of a terminal that has room for what an arm costs
 # Rates of AdamW, and of Muon with match_rms_adamw, whose updates are of AdamW's size.
 _DENSE = [3e-4, 1e-3, 3e-3, 1e-2]
 _REST = [3e-4, 1e-3, 3e-3]
@@ -252,8 +253,11 @@ def aggregate(folders: Sequence[str], *, to: str | Path) -> None:
 def print_answer(name: str, found: Answer) -> None:
     """Show the arms beside each other, what a reader must know, and the verdict."""
     for budget, arms in found.arms.items():
-        rows = [_cells(arm, found.metric) for arm in arms.values()]
-        table = Table(*rows[0], title=f"{name}, budget {budget:g}", title_justify="left")
+        is_narrow = Console().width < _WIDE
+        rows = [_cells(arm, found.metric, with_costs=not is_narrow) for arm in arms.values()]
+        table = Table(title=f"{name}, budget {budget:g}", title_justify="left")
+        for heading in rows[0]:
+            table.add_column(heading, no_wrap=heading != "to the control")
         for cells in rows:
             table.add_row(*cells.values(), style="bold" if cells["arm"] == found.control else None)
         Console().print(table)
@@ -264,19 +268,22 @@ def print_answer(name: str, found: Answer) -> None:
     Console().print(found.verdict)
 
 
-def _cells(arm: ArmAnswer, metric: str) -> dict[str, str]:
-    """What the table says of an arm, by heading."""
+def _cells(arm: ArmAnswer, metric: str, *, with_costs: bool) -> dict[str, str]:
+    """What the table says of an arm, by heading; the report has the rest."""
     value = arm.test.get(metric)
     steps, _ = reached(next(iter(arm.targets), None), "steps")
+    costs = {
+        "events/s": f"{arm.events_per_s:,.0f}" if arm.events_per_s else "–",
+        "optimizer": f"{arm.optimizer_share:.0%}" if arm.optimizer_share else "–",
+        "memory": f"{arm.peak_memory_bytes / 2**20:,.0f} MiB" if arm.peak_memory_bytes else "–",
+    }
     return {
         "arm": arm.arm,
         "seeds": str(len(arm.seeds)),
         f"test {pretty(metric)}": "–" if value is None else spread(value),
         "to the control": "" if value is None else shown(value.difference),
         "steps to 99 %": steps,
-        "events/s": f"{arm.events_per_s:,.0f}" if arm.events_per_s else "–",
-        "optimizer": f"{arm.optimizer_share:.0%}" if arm.optimizer_share else "–",
-        "memory": f"{arm.peak_memory_bytes / 2**20:,.0f} MiB" if arm.peak_memory_bytes else "–",
+        **(costs if with_costs else {}),
     }
 
 

@@ -144,7 +144,8 @@ def has_ends(interval: Interval) -> bool:
 def _fewer(saved: Interval, what: str, *, is_bound: bool) -> str:
     """``12 % fewer steps (3 % to 21 %)``, ``at most 12 % fewer steps`` where a seed never reaches."""
     is_fewer = saved.mean >= 0
-    share = f"{100 * abs(saved.mean):.0f} % {'fewer' if is_fewer else 'more'} {what}"
+    percents = f"{100 * abs(saved.mean):.0f}"
+    share = f"as many {what}" if percents == "0" else f"{percents} % {'fewer' if is_fewer else 'more'} {what}"
     if is_bound:
         return f"at {'most' if is_fewer else 'least'} {share}"
     if not has_ends(saved):

@@ -257,6 +257,20 @@ def test_the_verdict_says_no_difference_shown_where_zero_lies_within(found):
     assert "never reaches 99 % of the best validation NDCG@10 of control within the budget" in said.verdict
 
 
+def test_an_arm_that_learns_as_fast_takes_as_many_steps(comparison):
+    controls = {(run.seed, run.budget): run for run in comparison.runs if run.arm == "control" and run.stage == "final"}
+
+    def alike(run):
+        if (run.arm, run.stage) != ("muon", "final"):
+            return run
+        control = controls[run.seed, run.budget]
+        names = ("curve_step", "curve_seconds", "curve_value", "best_step")
+        return dataclasses.replace(run, **{name: getattr(control, name) for name in names})
+
+    said = answer(dataclasses.replace(comparison, runs=tuple(map(alike, comparison.runs))), num_resamples=20)
+    assert "in as many steps (0 % to 0 %) and as many seconds of training (0 % to 0 %)" in said.verdict
+
+
 def test_flags_name_what_a_reader_must_know(comparison):
     design, runs = comparison.design, list(comparison.runs)
     best = best_of(comparison, "muon", 1.0)
