@@ -96,7 +96,7 @@ class CompareConfig(Config):
         budgets: fractions of the experiment's steps; each is tuned by itself, and its runs have full schedules of
             their own.
         evaluate_every: fraction of a final run's steps between two validations.
-        evaluate_trials_every: the same of a trial, whose best validation alone matters: half of a short run's time.
+        evaluate_trials_every: the same of a trial, of which the best validation alone counts.
         validation_users: whom a run is validated on; null: everybody.
         max_extensions: how often a grid whose end is best is extended by a value, for every arm.
         popularity_bounds: tail, middle and head: training events of the held-out item.

@@ -57,7 +57,7 @@ def budget_name(comparison: Comparison, budget: float) -> str:
 def draw_comparison(comparison: Comparison, answer: Answer, folder: Path) -> dict[str, str]:
     """Draw every figure that has something to show; a PNG each into ``folder``, and the SVG texts by name.
 
-    Other PNGs there, of an earlier look of the comparison, go.
+    Those of budgets that are no more go; other files there stay.
 
     ``results``, ``savings`` and ``validation`` show all budgets; ``sensitivity-B``, ``groups-B`` and ``spectra-B``
     that of budget ``B``.
@@ -72,9 +72,10 @@ def draw_comparison(comparison: Comparison, answer: Answer, folder: Path) -> dic
     for budget in answer.arms:
         draws[f"groups-{budget:g}"] = lambda budget=budget: _draw_groups(comparison, answer, budget)  # type: ignore[misc]
         draws[f"spectra-{budget:g}"] = lambda budget=budget: _draw_spectra(comparison, budget)  # type: ignore[misc]
-    for path in folder.glob("*.png"):
-        if path.stem not in draws:
-            path.unlink()
+    for kind in ("sensitivity", "groups", "spectra"):
+        for path in folder.glob(f"{kind}-*.png"):
+            if path.stem not in draws:
+                path.unlink()
     return save_figures(draws, folder)
 
 
@@ -341,9 +342,7 @@ def _draw_sensitivity(comparison: Comparison, budget: float) -> Any:
             chosen = best(points[arm], design)
             if chosen is not None:
                 place = ([chosen.rates[rate]], [chosen.mean])
-                handles[arm] = axis.plot(*place, marker=marker, color=colour, markersize=10, mec="black", linewidth=0)[
-                    0
-                ]
+                (handles[arm],) = axis.plot(*place, marker, color=colour, markersize=10, mec="black")
         axis.set_xscale("log")
         axis.set_xlabel(f"learning rate: {name}")
         axis.minorticks_off()

@@ -45,7 +45,6 @@ def carry_out(design: Design, execute: Execute, *, max_extensions: int, check: C
         tuning = tune(design, execute, budget=budget, max_extensions=max_extensions, check=check)
         if tuning.num_failed:
             logger.error("budget %g gets no final runs before its %d failed trials are done", budget, tuning.num_failed)
-            execute([])
         else:
             execute(final_runs(design, budget, tuning.rates))
 
