@@ -240,7 +240,7 @@ def aggregate(folders: Sequence[str], *, to: str | Path) -> None:
     comparisons = [(one, answer(one)) for one in map(read_comparison, folders)]
     found = aggregated(comparisons)
     if rows := total_cells(found):
-        title = f"means over the full budget of {len(folders)} comparison{'s' * (len(folders) > 1)}"
+        title = f"means over {len(folders)} comparison{'s' * (len(folders) > 1)}, at the largest budget"
         table = Table(*rows[0], title=title, title_justify="left")
         for cells in rows:
             table.add_row(*cells.values())

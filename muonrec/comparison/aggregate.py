@@ -20,7 +20,7 @@ Found = tuple[Comparison, Answer]
 
 @dataclasses.dataclass(frozen=True)
 class ArmAggregate:
-    """One arm over several comparisons at the full budget, each of them with the same weight.
+    """One arm over several comparisons at their largest budgets, each of them with the same weight.
 
     Args:
         arm: its name.
@@ -47,8 +47,8 @@ class Aggregate:
     Args:
         metric, higher_is_better: the main one, which all of them have in common.
         arms: all that are not the control, where a comparison has runs of them.
-        flags: what a reader must know, a sentence each: comparisons that are left out, intervals that are not known,
-            arms that are not the same everywhere.
+        flags: what a reader must know, a sentence each: comparisons that are left out or have a part of their steps
+            alone, intervals that are not known, arms that are not the same everywhere.
     """
 
     metric: str
@@ -79,9 +79,14 @@ def aggregated(found: Sequence[Found]) -> Aggregate:
         raise ValueError(f"comparisons of unlike metrics have no mean: {listed}; aggregate those of one metric")
     arms = dict.fromkeys(name for one, _ in found for name in one.arms if name != one.design.control)
     flags = [
-        f"{one.design.name} is left out: it has no finished final runs at the full budget."
+        f"{one.design.name} is left out: it has no finished final runs at its largest budget."
         for one, answer in found
-        if not at_full_budget(one, answer)
+        if not at_largest_budget(one, answer)
+    ]
+    flags += [
+        f"{one.design.name} is over {100 * max(one.design.budgets):.3g} % of the steps of its experiment."
+        for one, answer in found
+        if max(one.design.budgets) < 1 and at_largest_budget(one, answer)
     ]
     totals = []
     for name in arms:
@@ -89,7 +94,7 @@ def aggregated(found: Sequence[Found]) -> Aggregate:
         members = [
             (one, arm)
             for one, answer in found
-            if name != one.design.control and (arm := at_full_budget(one, answer).get(name)) and arm.paired_seeds
+            if name != one.design.control and (arm := at_largest_budget(one, answer).get(name)) and arm.paired_seeds
         ]
         flags += _flags(name, found, members)
         if members:
@@ -104,7 +109,7 @@ def better(difference: Interval | None, *, higher_is_better: bool) -> Interval |
     return Interval(-difference.mean, -difference.high, -difference.low)
 
 
-def at_full_budget(comparison: Comparison, answer: Answer) -> dict[str, ArmAnswer]:
+def at_largest_budget(comparison: Comparison, answer: Answer) -> dict[str, ArmAnswer]:
     """The arms with finished final runs at the largest budget, by name."""
     return answer.arms.get(max(comparison.design.budgets), {})
 
@@ -153,10 +158,10 @@ def _flags(arm: str, found: Sequence[Found], members: Sequence[tuple[Comparison,
     flags = []
     names = {id(one) for one, _ in members}
     for one, answer in found:
-        if arm in one.arms and arm != one.design.control and at_full_budget(one, answer) and id(one) not in names:
+        if arm in one.arms and arm != one.design.control and at_largest_budget(one, answer) and id(one) not in names:
             flags.append(
-                f"{one.design.name} is left out of the means of {arm}: at the full budget it has no seed with finished "
-                f"runs of both {arm} and {one.design.control}."
+                f"{one.design.name} is left out of the means of {arm}: at its largest budget it has no seed with "
+                f"finished runs of both {arm} and {one.design.control}."
             )
     for one, own in members:
         name = one.design.name

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from muonrec.comparison.aggregate import Aggregate, Found, at_full_budget, better, difference_of
+from muonrec.comparison.aggregate import Aggregate, Found, at_largest_budget, better, difference_of
 from muonrec.comparison.answer import LEVELS
 from muonrec.comparison.figures import FIGURES
 from muonrec.comparison.forest import Mark, Row, draw_forest, label_rows, level_handles, level_marker
@@ -22,7 +22,7 @@ _PAPER = (0.126, 0.324)
 
 
 def write_aggregate_report(found: Sequence[Found], totals: Aggregate, folder: str | Path) -> Path:
-    """Write ``aggregate.html`` and ``figures/aggregate.png`` over the full budgets of several comparisons.
+    """Write ``aggregate.html`` and ``figures/aggregate.png`` over the largest budgets of several comparisons.
 
     Args:
         found: comparisons and their answers, in the order of the rows.
@@ -69,7 +69,7 @@ def _metric(totals: Aggregate) -> str:
 
 def _facts(comparison: Comparison, answer: Answer) -> dict[str, Any]:
     rows = []
-    for name, arm in at_full_budget(comparison, answer).items():
+    for name, arm in at_largest_budget(comparison, answer).items():
         measured = arm.test.get(answer.metric)
         steps = {target.level: shown(target.steps_saved, is_bound=target.is_bound) for target in arm.targets}
         difference = "" if name == answer.control else shown(difference_of(comparison, arm)) or "–"
@@ -90,7 +90,7 @@ def _draw(found: Sequence[Found], totals: Aggregate) -> Any:
         colour = COLOURS[(place + 1) % len(COLOURS)]  # the control would have the first
         rows.append(Row(total.arm, is_header=True))
         for comparison, answer in found:
-            arm = at_full_budget(comparison, answer).get(total.arm)
+            arm = at_largest_budget(comparison, answer).get(total.arm)
             if arm is None or total.arm == answer.control:
                 continue
             difference = better(difference_of(comparison, arm), higher_is_better=totals.higher_is_better)

@@ -11,7 +11,7 @@ from muonrec.page import percent, pretty
 
 
 def verdict(comparison: Comparison, found: Answer) -> str:
-    """What the full budget shows of every arm, and where smaller budgets or the grids say otherwise."""
+    """What the largest budget shows of every arm, and where smaller budgets or the grids say otherwise."""
     design = comparison.design
     if not found.arms:
         return "No final run has finished yet, so nothing can be said."

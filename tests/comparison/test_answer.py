@@ -422,13 +422,22 @@ def test_an_aggregate_says_what_it_does_not_know_and_refuses_what_has_no_mean(tw
     muon = next(arm for arm in found.arms if arm.arm == "muon")
     assert muon.comparisons == ("a", "b") and muon.num_pairs == 4
     assert muon.steps_saved[0].low == -math.inf and math.isfinite(muon.better.low)
-    assert "c is left out: it has no finished final runs at the full budget." in found.flags
+    assert "c is left out: it has no finished final runs at its largest budget." in found.flags
     assert any(
         flag.startswith("b has one seed of muon, so that the mean steps have no interval") for flag in found.flags
     )
+    half = dataclasses.replace(
+        b,
+        design=dataclasses.replace(b.design, budgets=(0.5,)),
+        runs=tuple(dataclasses.replace(run, budget=0.5) for run in b.runs if run.budget == 1.0),
+    )
+    found = aggregate_of(a, half)
+    assert found.arms[1].comparisons == ("a", "b")
+    assert "b is over 50 % of the steps of its experiment." in found.flags
+
     nowhere = aggregate_of(a, lose(b, "muon", [1, 2, 3]))
     assert any(
-        flag.startswith("b is left out of the means of muon: at the full budget it has no seed")
+        flag.startswith("b is left out of the means of muon: at its largest budget it has no seed")
         for flag in nowhere.flags
     )
     assert nowhere.arms[1].comparisons == ("a",)

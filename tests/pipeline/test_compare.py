@@ -157,7 +157,7 @@ def test_arms_are_tuned_alike_then_run_over_the_seeds_and_nothing_twice(run, tmp
     assert len(run("elsewhere").finals("muon")) == 2
     assert trained(tmp_path, "elsewhere") == 0
     aggregate([str(tmp_path / "elsewhere")], to=tmp_path)
-    assert "means over the full budget of 1 comparison" in capsys.readouterr().out
+    assert "means over 1 comparison, at the largest budget" in capsys.readouterr().out
     with pytest.raises(ValueError, match="have runs of muon in common; give each comparison once"):
         aggregate([str(tmp_path / "out"), str(tmp_path / "elsewhere")], to=tmp_path)
 
