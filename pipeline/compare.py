@@ -7,12 +7,15 @@ import contextlib
 import logging
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+import textwrap
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
+import yaml
 from filelock import FileLock, Timeout
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 from rich.console import Console
 from rich.table import Table
 
@@ -20,12 +23,13 @@ from muonrec.comparison.aggregate import aggregated
 from muonrec.comparison.aggregate_report import total_cells, write_aggregate_report
 from muonrec.comparison.answer import answer
 from muonrec.comparison.numbers import Answer, ArmAnswer
-from muonrec.comparison.protocol import check_seeds
+from muonrec.comparison.protocol import check_budgets, check_seeds
 from muonrec.comparison.report import reached, write_comparison_report
 from muonrec.comparison.results import Comparison, read_comparison
 from muonrec.comparison.tuning import carry_out
 from muonrec.comparison.verdict import shown, spread
-from muonrec.config import Config, describe, load_config
+from muonrec.config import Config, describe, flat, load_config
+from muonrec.metrics import groups_between
 from muonrec.page import pretty
 from muonrec.runlog import configure_logging, run_stage
 from pipeline.compared_runs import Runs
@@ -37,6 +41,7 @@ _WIDE = 120  # columns of a terminal that has room for what an arm costs
 _DENSE = [3e-4, 1e-3, 3e-3, 1e-2]
 _REST = [3e-4, 1e-3, 3e-3]
 _TABLES = [0.05, 0.1, 0.2, 0.4, 0.8]  # row-wise Adagrad, which divides by a growing sum
+_GRIDS = {"dense": _DENSE, "rest": _REST, "tables": _TABLES}
 _ONE_RATE = [1e-4, 1.8e-4, 3e-4, 5.6e-4, 1e-3, 1.8e-3, 3e-3, 5.6e-3, 1e-2, 1.8e-2, 3e-2, 5.6e-2]
 
 Rates = Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=1)]
@@ -63,9 +68,19 @@ class ArmConfig(Config):
     grids: dict[str, Rates] = {}
 
 
+def _beside_defaults(grids: Any) -> Any:
+    return {**_GRIDS, **grids} if isinstance(grids, dict) else grids
+
+
+def _check_grids(where: str, grids: Iterable[str], rates: Iterable[str]) -> None:
+    """Raises ValueError: a grid that nothing is tuned over, which may be another one mistyped."""
+    if unknown := sorted({*grids} - {*rates}):
+        raise ValueError(f"{where} has {', '.join(unknown)}, which no rate is called; the rates are {', '.join(rates)}")
+
+
 def _default_arms() -> dict[str, ArmConfig]:
     return {
-        # What recommender code does today; it differs in the sparse optimizer, too.
+        # What recommender code does today, as near as FBGEMM's optimizers for a CPU come; it differs in theirs, too.
         "one-rate": ArmConfig(
             overrides={"dense_optimizer": "adamw", "tables.*.optimizer": "partial_rowwise_adam"},
             may_differ=["dense_optimizer", "tables.*.optimizer"],
@@ -88,7 +103,7 @@ class CompareConfig(Config):
             sets that alone.
         arms: in the order of tables and legends.
         control: the arm that the others are held against.
-        grids: values tried of each tuned rate.
+        grids: values tried of each tuned rate; those not given keep their default.
         trials: of each arm's search, on validation alone.
         tuning_seeds: of the trials. The first searches; then the mean over all decides between the leaders.
         leaders: best points of each arm by the first seed, which the other arms like it try, too.
@@ -114,11 +129,11 @@ class CompareConfig(Config):
     overrides: dict[str, Any] = {}
     arms: dict[str, ArmConfig] = Field(default_factory=_default_arms)
     control: str = "control"
-    grids: dict[str, Rates] = {"dense": _DENSE, "rest": _REST, "tables": _TABLES}
+    grids: Annotated[dict[str, Rates], BeforeValidator(_beside_defaults)] = _GRIDS
     trials: int = Field(default=12, ge=1)
     tuning_seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = [0, 101, 102]
     leaders: int = Field(default=3, ge=1)
-    seeds: Annotated[list[int], Field(min_length=1)] = [1, 2, 3, 4, 5]
+    seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = [1, 2, 3, 4, 5]
     budgets: Annotated[list[Annotated[float, Field(gt=0, le=1)]], Field(min_length=1)] = [1.0]
     evaluate_every: float = Field(default=0.02, gt=0, le=0.02)
     evaluate_trials_every: float = Field(default=0.1, gt=0, le=0.5)
@@ -135,11 +150,22 @@ class CompareConfig(Config):
     @model_validator(mode="after")
     def _that_fits_together(self) -> CompareConfig:
         if self.control not in self.arms:
-            raise ValueError(f"control {self.control!r} is none of the arms: {', '.join(self.arms)}")
+            replaced = f"; arms takes the place of {', '.join(_default_arms())}" * ("arms" in self.model_fields_set)
+            raise ValueError(f"control {self.control!r} is none of the arms: {', '.join(self.arms)}{replaced}")
         for name, arm in self.arms.items():
             if missing := [rate for rate in arm.rates if rate not in {**self.grids, **arm.grids}]:
                 raise ValueError(f"arms.{name} tunes {', '.join(missing)}, but there is no such grid; add it to grids")
+            _check_grids(f"arms.{name}.grids", arm.grids, arm.rates)
+            if of_data := [path for path in flat(arm.overrides) if path.partition(".")[0] == "data"]:
+                raise ValueError(f"arms.{name} overrides {', '.join(of_data)}, but all arms have the same data")
+        _check_grids("grids", self.grids, [*_GRIDS, *(rate for arm in self.arms.values() for rate in arm.rates)])
         check_seeds(self.seeds, self.tuning_seeds)
+        check_budgets(self.budgets)
+        for name in ("popularity_bounds", "length_bounds"):
+            try:
+                groups_between(np.zeros(0, dtype=np.int64), getattr(self, name))
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
         return self
 
 
@@ -167,24 +193,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m pipeline.compare",
         description="Does a dense optimizer pay over another? Tune each arm alike, run the seeds, say how sure it is.",
-        epilog=f"settings and their defaults:\n{describe(CompareConfig, leave_out=('arms',))}\n\n{_EPILOG}",
+        epilog=f"settings and their defaults:\n{_settings_help()}\n{_EPILOG}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("config", nargs="?", help="YAML file of the comparison, such as configs/compare/demo.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings, see below")
     parser.add_argument("--aggregate", nargs="+", metavar="FOLDER", help="means over finished comparisons instead")
-    parser.add_argument("--to", default="out/compare", metavar="FOLDER", help="of the report of --aggregate")
+    parser.add_argument("--to", default="out/compare", metavar="FOLDER", help="where --aggregate writes its report")
     parser.add_argument("--report", metavar="FOLDER", help="only write the report of this comparison again")
     options = parser.parse_intermixed_args(arguments)
     configure_logging()
+    if options.config is not None and (options.aggregate or options.report):
+        parser.error(
+            f"{options.config} is not for --aggregate and --report, which read the folders of comparisons alone"
+        )
     if options.aggregate:
         return run_stage(lambda: aggregate(options.aggregate, to=options.to))
     if options.report:
         return run_stage(lambda: report(read_comparison(options.report), options.report))
     if options.config is None:
-        parser.error("give the YAML file of a comparison, such as configs/compare/demo.yaml, or --aggregate FOLDER ...")
+        parser.error(
+            "give the YAML file of a comparison, such as configs/compare/demo.yaml, or --report or --aggregate"
+        )
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     return run_stage(lambda: compare(load_config(CompareConfig, options.config, options.overrides)))
+
+
+def _settings_help() -> str:
+    arms = {name: arm.model_dump(mode="json") for name, arm in _default_arms().items()}
+    text = yaml.safe_dump(arms, sort_keys=False, default_flow_style=None, width=110)
+    others = describe(CompareConfig, leave_out=("arms",))
+    return f"{others}\n  arms, which a config replaces as a whole:\n{textwrap.indent(text, 4 * ' ')}"
 
 
 def compare(config: CompareConfig, python: Sequence[str] = (sys.executable, "-m")) -> Comparison:
@@ -240,6 +279,8 @@ def aggregate(folders: Sequence[str], *, to: str | Path) -> None:
     comparisons = [(one, answer(one)) for one in map(read_comparison, folders)]
     found = aggregated(comparisons)
     if rows := total_cells(found):
+        if Console().width < _WIDE:  # the report has the rest
+            rows = [{key: cell for key, cell in row.items() if not key.startswith("never")} for row in rows]
         title = f"means over {len(folders)} comparison{'s' * (len(folders) > 1)}, at the largest budget"
         table = Table(*rows[0], title=title, title_justify="left")
         for cells in rows:

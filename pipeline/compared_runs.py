@@ -9,7 +9,6 @@ import hashlib
 import json
 import logging
 import math
-import os
 import platform
 import shutil
 import sys
@@ -25,7 +24,7 @@ from muonrec.checkpoint.marker import MARKER, record_files
 from muonrec.comparison.collect import collect
 from muonrec.comparison.kept import Kept
 from muonrec.comparison.protocol import check_fingerprints, check_settings, check_tuned, matches
-from muonrec.comparison.queue import QUEUE_STATE, Ended, Job, Queue, slots
+from muonrec.comparison.queue import QUEUE_STATE, Ended, Job, Queue, available_cores, slots
 from muonrec.comparison.results import (
     RESULTS,
     Arm,
@@ -176,7 +175,7 @@ class Experiment:
             length_bounds=tuple(config.length_bounds),
             facts={
                 "config": config.model_dump(mode="json"),
-                "train": trees[config.control],
+                "train": _without_rates(trees[config.control], tuned[config.control]),
                 "num_steps": self.num_steps,
                 "fingerprint": self.fingerprint,
                 "sources_hashes": self.sources_hashes,
@@ -216,7 +215,7 @@ class Runs:
         total = sum(count * self._experiment.steps(budget) for (_, budget), count in self._planned.items())
         self.progress = Progress("compare", "steps", total=total)
         self._slots = slots(
-            config.parallel_runs, ranks=config.ranks, devices=torch.cuda.device_count(), cores=os.cpu_count() or 1
+            config.parallel_runs, ranks=config.ranks, devices=torch.cuda.device_count(), cores=available_cores()
         )
         self._machine = _machine(config.ranks, len(self._slots))
 
@@ -375,6 +374,14 @@ class Runs:
         write_results(self._config.output, self.design, self._kept)
 
 
+def _without_rates(tree: dict[str, Any], tuned: Sequence[str]) -> dict[str, Any]:
+    """Settings for people, who would take a value in the place of a tuned rate for the one that was used."""
+    tree = copy.deepcopy(tree)
+    for path in tuned:
+        set_at(tree, path, "tuned")
+    return tree
+
+
 def targets_of_test(sequences: Sequences) -> dict[str, np.ndarray]:
     """What ``ranks.parquet`` of the eval stage says of the test targets of a data set, in its order."""
     rows, places = sequences.locate(evaluation_targets(sequences, "test"), "test")
@@ -410,7 +417,7 @@ def _machine(ranks: int, at_once: int) -> str:
     else:
         known = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
         names = [line.partition(":")[2].strip() for line in known.splitlines() if line.startswith("model name")]
-        processor = f"{os.cpu_count()} cores of {names[0] if names else platform.machine()}"
+        processor = f"{available_cores()} cores of {names[0] if names else platform.machine()}"
     return f"{processor}, torch {torch.__version__}, {at_once} at once of {ranks} ranks"
 
 

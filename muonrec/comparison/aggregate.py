@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -88,6 +88,17 @@ def aggregated(found: Sequence[Found]) -> Aggregate:
         for one, answer in found
         if max(one.design.budgets) < 1 and at_largest_budget(one, answer)
     ]
+    alike: dict[str, list[str]] = {}
+    for one, answer in found:
+        if at_largest_budget(one, answer) and (data := one.design.facts.get("fingerprint")):
+            alike.setdefault(data, []).append(one.design.name)
+    flags += [
+        f"{' and '.join(names)} are ranked on the same targets: their errors are not independent, so that the "
+        "intervals of the means are too narrow."
+        for names in alike.values()
+        if len(names) > 1
+    ]
+    flags += _unlike(found, lambda one: one.design.control)
     totals = []
     for name in arms:
         _check_distinct(name, [one for one, _ in found])
@@ -180,9 +191,15 @@ def _flags(arm: str, found: Sequence[Found], members: Sequence[tuple[Comparison,
                     else ", and neither has the mean difference."
                 )
             )
-    settings = [(one.design.name, one.design.arm(arm).overrides) for one, _ in members]
-    for name, overrides in settings[1:]:
-        for path, (first, other) in differences(settings[0][1], overrides).items():
+    return flags + _unlike(members, lambda one: arm)
+
+
+def _unlike(found: Sequence[tuple[Comparison, object]], arm_of: Callable[[Comparison], str]) -> list[str]:
+    """A flag for each override in which an arm is not the same in all comparisons."""
+    flags = []
+    settings = [(one.design.name, arm_of(one), one.design.arm(arm_of(one)).overrides) for one, _ in found]
+    for name, arm, overrides in settings[1:]:
+        for path, (first, other) in differences(settings[0][2], overrides).items():
             where = f"{first!r} in {settings[0][0]}, {other!r} in {name}"
             flags.append(f"{arm} is not the same everywhere: {path} is {where}.")
     return flags

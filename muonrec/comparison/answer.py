@@ -5,14 +5,15 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
 import numpy as np
 
 from muonrec.comparison.bootstrap import Paired, Pairs, mean_of, relative_t_interval, t_interval
-from muonrec.comparison.numbers import Answer, ArmAnswer, Group, Measured, Reached, Target
+from muonrec.comparison.numbers import Answer, ArmAnswer, Chance, Group, Measured, Reached, Target
 from muonrec.comparison.points import best_of, grids_of, tried
 from muonrec.comparison.results import Comparison, Design, RunResult
 from muonrec.comparison.search import END, edges
@@ -74,10 +75,10 @@ def reached(design: Design, run: RunResult, control: RunResult, level: float) ->
     its whole budget, even if it ended early.
     """
     sign = 1.0 if design.higher_is_better else -1.0
-    three = list(zip(control.curve_value, control.curve_value[1:], control.curve_value[2:], strict=False))
-    if not three or not run.curve_step:
+    best = best_of_three(design, control)
+    if best is None or not run.curve_step:
         return None
-    best = max(sign * float(np.median(values)) for values in three)
+    best *= sign
     points = [
         {"step": step, "seconds": seconds, "value": sign * value}
         for step, seconds, value in zip(run.curve_step, run.curve_seconds, run.curve_value, strict=True)
@@ -88,6 +89,13 @@ def reached(design: Design, run: RunResult, control: RunResult, level: float) ->
     last = points[-1]
     steps = max(run.num_steps, last["step"])
     return Reached(steps, last["seconds"] * steps / max(last["step"], 1), is_censored=True)
+
+
+def best_of_three(design: Design, run: RunResult) -> float | None:
+    """The best median of three successive validations of a run; None where it has fewer."""
+    three = zip(run.curve_value, run.curve_value[1:], run.curve_value[2:], strict=False)
+    medians = [float(np.median(values)) for values in three]
+    return (max if design.higher_is_better else min)(medians) if medians else None
 
 
 def flags(comparison: Comparison) -> list[str]:
@@ -110,6 +118,11 @@ def flags(comparison: Comparison) -> list[str]:
                 found.append(
                     f"The final runs of {arm.name}{at} {known}: the comparison is under way or of an earlier kind."
                 )
+    if comparison.targets is None and any(run.num_greater is not None for run in comparison.current):
+        found.append(
+            "There is no targets.parquet to tell the users of the test targets: each target counts as one of its own, "
+            "so intervals are too narrow if users have several. The comparison's own command writes it from the data."
+        )
     for arm in design.arms:
         for status, verb in (("diverged", "diverged"), ("failed", "failed")):
             for stage, what in (("tune", "tuning runs"), ("final", "final runs")):
@@ -210,6 +223,7 @@ def _arm_answer(
             title: [group(label, is_in_N) for label, is_in_N in labelled.items()] for title, labelled in parts.items()
         },
         targets=tuple(target for level in LEVELS if (target := _target(design, pairs, level, is_control=is_control))),
+        by_chance=tuple(_by_chance(design, runs, level) for level in LEVELS) if is_control else (),
         steps_to_own_best=tuple(run.best_step for run in runs),
         steps_to_own_best_saved=None if is_control else t_interval(saved(pairs, lambda run: run.best_step)),
         **means,
@@ -232,6 +246,19 @@ def _target(design: Design, pairs: Pairs, level: float, *, is_control: bool) -> 
         num_censored=sum(own.is_censored for own, _ in both),
         steps_saved=None if is_control else t_interval(saved(both, lambda one: one.steps)),
         seconds_saved=None if is_control else t_interval(saved(timed, lambda one: one.seconds)),
+    )
+
+
+def _by_chance(design: Design, runs: Sequence[RunResult], level: float) -> Chance:
+    """What `_target` says of the control's ``runs``, each held against every other one."""
+    both = []
+    for run, other in itertools.permutations(runs, 2):
+        own, its = reached(design, run, other, level), reached(design, other, other, level)
+        if own is not None and its is not None:
+            both.append((own, its))
+    found = saved(both, lambda one: one.steps)
+    return Chance(
+        level, len(both), sum(own.is_censored for own, _ in both), float(np.mean(found)) if found else math.nan
     )
 
 

@@ -10,13 +10,14 @@ import logging
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from muonrec.comparison.kept import Kept
-from muonrec.comparison.protocol import check_fingerprints, check_seeds, check_settings, check_tuned
+from muonrec.comparison.protocol import check_budgets, check_fingerprints, check_seeds, check_settings, check_tuned
 from muonrec.comparison.results import RESULTS, Arm, Comparison, Design, RunResult, read_comparison, write_results
 from muonrec.comparison.tuning import Asked, carry_out
 
@@ -29,6 +30,7 @@ RETURNED = (
 )  # fmt: skip
 # Of a trial, which the test set must not touch.
 _OF_TEST = ("test", "per_unit")
+_TOLERANCE = 1e-4  # between a metric and the mean of its values by test example, relative
 _CURVE = ("curve_step", "curve_seconds", "curve_value")
 
 
@@ -63,7 +65,8 @@ def compare(
 
     Args:
         train_arm: as above.
-        arms: settings by arm; a list of numbers is the grid of a tuned rate, from which ``train_arm`` gets one value.
+        arms: settings by arm; a list or an array of numbers is the grid of a tuned rate, from which ``train_arm`` gets
+            one value.
         metric: the main one, such as ``auc``.
         higher_is_better: of ``metric``.
         control: the arm that the others are held against.
@@ -88,13 +91,14 @@ def compare(
     """
     if control not in arms:
         raise ValueError(f"control {control!r} is none of the arms: {', '.join(arms)}")
-    grids = {arm: {key: tuple(value) for key, value in own.items() if _is_grid(value)} for arm, own in arms.items()}
+    grids = {arm: {key: _numbers(value) for key, value in own.items() if _is_grid(value)} for arm, own in arms.items()}
     fixed = {arm: {key: value for key, value in own.items() if key not in grids[arm]} for arm, own in arms.items()}
     for arm in arms:
         named = [*may_differ, *grids[arm], *grids[control]]
-        check_settings(arm, arms[arm], arms[control], named=named)
+        check_settings(arm, {**fixed[arm], **grids[arm]}, {**fixed[control], **grids[control]}, named=named)
         check_tuned(arm, grids[arm], grids[control], may_differ=may_differ)
     check_seeds(seeds, tuning_seeds)
+    check_budgets(budgets)
     if trials < 1 or leaders < 1:
         raise ValueError(f"trials={trials} and leaders={leaders} were asked; every arm needs at least one of each")
     design = Design(
@@ -186,17 +190,25 @@ class _Calls:
             return dataclasses.replace(run, status="diverged", fault=str(error))
         if unknown := sorted(set(returned) - set(RETURNED)):
             raise ValueError(f"train_arm returned {', '.join(unknown)}; it may return {', '.join(RETURNED)}")
+        returned = {key: _AS[key](value) for key, value in returned.items()}
         for part in ("valid", "test") if is_final else ("valid",):
             if self._design.metric not in returned.get(part, {}):
                 raise ValueError(
                     f"train_arm returned no {part} {self._design.metric}; return {{{part!r}: {{...}}, ...}}"
                 )
-            if not math.isfinite(value := float(returned[part][self._design.metric])):
+            if not math.isfinite(value := returned[part][self._design.metric]):
                 return dataclasses.replace(run, status="diverged", fault=f"{part} {self._design.metric} is {value}")
         lengths = {key: len(returned.get(key, ())) for key in _CURVE}
         if len(set(lengths.values())) > 1:
             listed = ", ".join(f"{length} of {key}" for key, length in lengths.items())
             raise ValueError(f"train_arm returned {listed}; return one of each for every validation")
+        for name, values in returned.get("per_unit", {}).items():
+            told = returned.get("test", {}).get(name, math.nan)
+            if abs(np.mean(values) - told) > _TOLERANCE * max(abs(told), _TOLERANCE):
+                raise ValueError(
+                    f"train_arm returned test {name} {told:g}, and per_unit values of it whose mean is "
+                    f"{np.mean(values):g}; leave a metric that is no mean over the test examples out of per_unit"
+                )
         kept = {key: value for key, value in returned.items() if is_final or key not in _OF_TEST}
         logger.info("%s, %s, seed %d: %s", run.arm, run.rates, run.seed, kept["valid"])
         return dataclasses.replace(run, **kept)
@@ -216,7 +228,41 @@ def _version_of(train_arm: Callable[..., Any]) -> str:
 
 
 def _is_grid(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(type(number) in (int, float) for number in value)
+    """Whether a setting is a list or an array of numbers, NumPy's or Python's."""
+    numbers = value if isinstance(value, list) else value.tolist() if isinstance(value, np.ndarray) else []
+    return (
+        isinstance(numbers, list)
+        and bool(numbers)
+        and all(isinstance(number, Real) and not isinstance(number, bool | np.bool_) for number in numbers)
+    )
+
+
+def _numbers(values: Any) -> tuple[float, ...]:
+    """As Python's own numbers, which hash and print alike wherever they come from."""
+    return tuple(value.item() if isinstance(value, np.generic) else value for value in list(values))
+
+
+def _floats(values: Mapping[str, Any]) -> dict[str, float]:
+    return {name: float(value) for name, value in values.items()}
+
+
+# How to keep what is returned, be it of Python, NumPy or torch.
+_AS: dict[str, Callable[[Any], Any]] = {
+    "valid": _floats,
+    "test": _floats,
+    "per_unit": lambda found: {name: np.asarray(values, dtype=np.float64) for name, values in found.items()},
+    "curve_step": lambda values: tuple(map(int, values)),
+    "curve_seconds": lambda values: tuple(map(float, values)),
+    "curve_value": lambda values: tuple(map(float, values)),
+    "num_steps": int,
+    "best_step": int,
+    "seconds": float,
+    "events_per_s": float,
+    "optimizer_share": float,
+    "peak_memory_bytes": int,
+    "device": str,
+    "fingerprints": dict,
+}
 
 
 def _is_first() -> bool:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from muonrec.comparison.answer import best_of_three
 from muonrec.comparison.forest import (
     Mark,
     Row,
@@ -25,7 +26,7 @@ from muonrec.comparison.forest import (
 from muonrec.comparison.numbers import Answer, ArmAnswer, Group, Measured
 from muonrec.comparison.points import best, tried
 from muonrec.comparison.results import Comparison, Design, RunResult, Spectrum
-from muonrec.figures import COLOURS, GREY, MARKERS, max_ticks, save_figures, short_name, subplots
+from muonrec.figures import COLOURS, DASHES, GREY, MARKERS, max_ticks, save_figures, short_name, subplots
 from muonrec.metrics import Interval
 from muonrec.page import percent, pretty
 
@@ -35,16 +36,21 @@ _BREAKDOWNS = {"popularity": "training events of the target", "length": "events 
 
 @dataclasses.dataclass(frozen=True)
 class Look:
-    """How an arm is drawn."""
+    """How an arm is drawn: one that shares the colour of another has a dash and a marker of its own."""
 
     colour: str
     marker: str
+    dash: str
 
 
 def looks(design: Design) -> dict[str, Look]:
     """The control first, then the others in their order."""
     names = [design.control, *(arm.name for arm in design.arms if arm.name != design.control)]
-    return {name: Look(COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]) for i, name in enumerate(names)}
+    found = {}
+    for place, name in enumerate(names):
+        turn, index = divmod(place, len(COLOURS))
+        found[name] = Look(COLOURS[index], MARKERS[(index + turn) % len(MARKERS)], DASHES[turn % len(DASHES)])
+    return found
 
 
 def budget_name(comparison: Comparison, budget: float) -> str:
@@ -179,11 +185,8 @@ def common_curves(runs: Sequence[RunResult], *, against: str) -> tuple[np.ndarra
 
 def target_value(comparison: Comparison, budget: float) -> float | None:
     """Mean over the control's seeds of the best median of three successive validations; None without any."""
-    bests = []
-    for run in comparison.finals(comparison.design.control, budget):
-        if len(run.curve_value) >= 3:
-            medians = np.median(np.lib.stride_tricks.sliding_window_view(run.curve_value, 3), axis=1)
-            bests.append(medians.max() if comparison.design.higher_is_better else medians.min())
+    found = [best_of_three(comparison.design, run) for run in comparison.finals(comparison.design.control, budget)]
+    bests = [best for best in found if best is not None]
     return float(np.mean(bests)) if bests else None
 
 
@@ -204,8 +207,8 @@ def _draw_validation(comparison: Comparison, answer: Answer) -> Any:
                 look = looks(comparison.design)[arm]
                 x_G, y_SG = common_curves(runs, against=against)
                 axis.fill_between(x_G, y_SG.min(0), y_SG.max(0), color=look.colour, alpha=0.2, linewidth=0)
-                axis.plot(x_G, y_SG.mean(0), color=look.colour)
-                handles[arm] = axis.plot([], [], color=look.colour, marker=look.marker, ms=7, mec="white")[0]
+                axis.plot(x_G, y_SG.mean(0), look.dash, color=look.colour)
+                handles[arm] = axis.plot([], [], look.dash, color=look.colour, marker=look.marker, ms=7, mec="white")[0]
                 ends += [y_SG.min(0)[-1], y_SG.max(), y_SG.min()]
                 early.append(float(np.interp(0.2 * x_G[-1], x_G, y_SG.mean(0))))
             axis.set_xlim(left=0)
@@ -309,7 +312,11 @@ def _draw_sensitivity(comparison: Comparison, budget: float) -> Any:
     """Every point, the best of each arm at each value of one rate, whatever the others were, and the one it got."""
     design, look = comparison.design, looks(comparison.design)
     points = {arm: tried(comparison.trials(arm, budget), design) for arm in comparison.arms}
-    panels = {name: rates for name, rates in rate_panels(design).items() if any(points[arm] for arm in rates)}
+    panels = {
+        name: rates
+        for name, rates in rate_panels(design).items()
+        if len({point.rates[rate] for arm, rate in rates.items() for point in points[arm]}) > 1
+    }
     means = np.array([point.mean for own in points.values() for point in own if point.values])
     if not panels or not len(means):
         return None
@@ -324,7 +331,7 @@ def _draw_sensitivity(comparison: Comparison, budget: float) -> Any:
     handles = {}
     for axis, (name, rates) in zip(axes, panels.items(), strict=True):
         for arm, rate in rates.items():
-            colour, marker = look[arm].colour, look[arm].marker
+            colour, marker, dash = look[arm].colour, look[arm].marker, look[arm].dash
             for point in points[arm]:
                 x = point.rates[rate]
                 if not point.values:
@@ -338,7 +345,7 @@ def _draw_sensitivity(comparison: Comparison, budget: float) -> Any:
             tops = [best([point for point in points[arm] if point.rates[rate] == x], design) for x in xs]
             line = [(x, top.mean) for x, top in zip(xs, tops, strict=True) if top is not None]
             if line:
-                axis.plot(*zip(*line, strict=True), color=colour, linewidth=1.2)
+                axis.plot(*zip(*line, strict=True), dash, color=colour, linewidth=1.2)
             chosen = best(points[arm], design)
             if chosen is not None:
                 place = ([chosen.rates[rate]], [chosen.mean])
@@ -445,12 +452,16 @@ def _draw_spectra(comparison: Comparison, budget: float) -> Any:
     spectra = {arm: found for arm, found in spectra.items() if found}
     if not spectra:
         return None
+    # Arms may give Muon other matrices: those that all of them have are compared, if there are any.
+    common = set.intersection(*({s.name for s in found} for found in spectra.values()))
+    if common:
+        spectra = {arm: [s for s in found if s.name in common] for arm, found in spectra.items()}
     whats = [what for what in ("update", "weight") if any(s.what == what for found in spectra.values() for s in found)]
     figure, axes = subplots(2, rows=len(whats), height=0.5 + 2.7 * len(whats), sharex="col")
     handles = {}
     for row, what in zip(axes, whats, strict=True):
         for arm, found in spectra.items():
-            colour = looks(comparison.design)[arm].colour
+            colour, dash = looks(comparison.design)[arm].colour, looks(comparison.design)[arm].dash
             chosen = [s for s in found if s.what == what]
             if not chosen:
                 continue
@@ -460,10 +471,10 @@ def _draw_spectra(comparison: Comparison, budget: float) -> Any:
             ]
             _draw_band(row[0], steps, shares, colour)
             marker = {"marker": looks(comparison.design)[arm].marker, "ms": 5} if len(steps) <= 12 else {}
-            handles[arm] = row[0].plot(steps, [np.median(share) for share in shares], color=colour, **marker)[0]
+            handles[arm] = row[0].plot(steps, [np.median(share) for share in shares], dash, color=colour, **marker)[0]
             x_G, y_NG = _profiles([s for s in chosen if s.step == steps[-1]])
             _draw_band(row[1], x_G, y_NG.T, colour)
-            row[1].plot(x_G, np.median(y_NG, axis=0), color=colour)
+            row[1].plot(x_G, np.median(y_NG, axis=0), dash, color=colour)
         row[0].set_ylim(bottom=0)
         row[0].set_xlim(left=0)
         row[0].set_ylabel("stable rank (% of full rank)")

@@ -86,6 +86,26 @@ class Target:
 
 
 @dataclasses.dataclass(frozen=True)
+class Chance:
+    """What a `Target` says of an arm that is as good as the control: of the control's runs held against each other.
+
+    A seed of the control always reaches its own best, and another one may never, so that an arm which is as good seems
+    slower: this is by how much.
+
+    Args:
+        level: of the target.
+        num_pairs: ordered pairs of the control's runs.
+        num_censored: of those in which the first never reaches ``level`` of the best of the second.
+        steps_saved: mean over the pairs, as of `Target`; NaN without any.
+    """
+
+    level: float
+    num_pairs: int
+    num_censored: int
+    steps_saved: float
+
+
+@dataclasses.dataclass(frozen=True)
 class ArmAnswer:
     """One arm at one budget.
 
@@ -100,6 +120,7 @@ class ArmAnswer:
         area: area under the validation curve, as its mean height from the first evaluation to the end of the budget.
         groups: the main metric on parts of the test targets: ``popularity`` (tail, middle, head) and ``length``.
         targets: steps and seconds to each level.
+        by_chance: of the control, at each level what equal arms would show; empty for the others.
         steps_to_own_best: step of each seed's own best validation, which is what the paper prints.
         steps_to_own_best_saved: mean over seeds of ``1 - arm / control`` of those, with its interval; None for the
             control. A worse arm can have it too, by stopping to improve early.
@@ -116,6 +137,7 @@ class ArmAnswer:
     area: Measured
     groups: dict[str, list[Group]]
     targets: tuple[Target, ...]
+    by_chance: tuple[Chance, ...]
     steps_to_own_best: tuple[int, ...]
     steps_to_own_best_saved: Interval | None
     events_per_s: float

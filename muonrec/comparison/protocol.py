@@ -84,6 +84,14 @@ def check_seeds(seeds: Sequence[int], tuning_seeds: Sequence[int]) -> None:
         )
 
 
+def check_budgets(budgets: Sequence[float]) -> None:
+    """Raises ValueError: there is none, one is no fraction of the steps, or one is there twice."""
+    if not budgets or not all(0 < budget <= 1 for budget in budgets) or len(set(budgets)) < len(budgets):
+        raise ValueError(
+            f"budgets={list(budgets)} was asked; give fractions of the steps, each once, such as [1.0, 0.5]"
+        )
+
+
 def check_fingerprints(design: Design, runs: Iterable[RunResult]) -> None:
     """Refuse runs of one seed that did not start alike: initial weights, first batches and order of the data.
 

@@ -89,7 +89,7 @@ class Queue:
                 while waiting and self._free:
                     running = _Running(waiting.pop(0), self._free.pop(0))
                     self._running.append(running)
-                    counted[running.job.folder] = steps_done(running.job.folder)
+                    counted[running.job.folder] = min(steps_done(running.job.folder), running.job.num_steps)
                     running.start()
                 time.sleep(_POLL_S)
                 for running in list(self._running):
@@ -135,7 +135,6 @@ class _Running:
         state: dict[str, Any] = json.loads(self._path.read_text()) if self._path.is_file() else {}
         self._commands_done, self._wall_s = state.get("commands_done", 0), state.get("wall_s", 0.0)
         self._failures = 0
-        self.counted = min(steps_done(job.folder), job.num_steps)  # steps that the progress knows of
         self._process: subprocess.Popen[bytes] | None = None
         self._started = time.monotonic()
 
@@ -228,6 +227,14 @@ def steps_done(folder: Path) -> int:
     return 0
 
 
+def available_cores() -> int:
+    """Processor cores that this process may use: no more than its affinity, as under SLURM, and a container's limit."""
+    cores = len(os.sched_getaffinity(0))
+    limit = Path("/sys/fs/cgroup/cpu.max")  # "200000 100000": microseconds in every so many; "max": no limit
+    quota, _, period = limit.read_text().partition(" ") if limit.is_file() else ("max", "", "")
+    return cores if quota == "max" else max(1, min(cores, int(quota) // int(period)))
+
+
 def slots(parallel: int | None, *, ranks: int, devices: int, cores: int) -> list[dict[str, str]]:
     """The environment of each slot: devices of its own where there are any, and its share of the cores.
 
@@ -235,7 +242,7 @@ def slots(parallel: int | None, *, ranks: int, devices: int, cores: int) -> list
         parallel: how many; None for as many as devices, or else cores, allow.
         ranks: processes of a run.
         devices: CUDA devices of this machine.
-        cores: processor cores of this machine.
+        cores: processor cores that the runs share, see `available_cores`.
 
     Raises:
         ValueError: runs of so many ranks do not fit the devices.

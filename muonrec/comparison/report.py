@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from muonrec.comparison.figures import FIGURES, budget_name, draw_comparison, looks
-from muonrec.comparison.numbers import Answer, ArmAnswer, Measured, Target
+from muonrec.comparison.numbers import Answer, ArmAnswer, Chance, Measured, Target
 from muonrec.comparison.points import best, grids_of, tried
 from muonrec.comparison.results import Arm, Comparison
 from muonrec.comparison.search import edges
@@ -20,6 +21,7 @@ from muonrec.page import duration, percent, pretty, short, write_page
 from muonrec.report import REPORT
 
 _MAX_TESTS = 6  # columns of the first table
+_FIRST_TESTS = {"ndcg@10": 0, "recall@10": 1, "mrr": 2}  # of those that are too many
 
 
 def write_comparison_report(comparison: Comparison, answer: Answer, folder: str | Path) -> Path:
@@ -77,6 +79,7 @@ def _table(comparison: Comparison, answer: Answer, columns: Sequence[str], cells
 def _quality(comparison: Comparison, answer: Answer) -> dict[str, Any]:
     found = [arm for arms in answer.arms.values() for arm in arms.values()]
     names = list(dict.fromkeys(name for arm in found for name in arm.test))
+    names = sorted(names, key=lambda name: _FIRST_TESTS.get(name, len(_FIRST_TESTS)))
     names = sorted(names, key=lambda name: name != answer.metric)[:_MAX_TESTS]
     columns = ["seeds", *(f"test {pretty(name)}" for name in names), "best validation", "area under the curve"]
 
@@ -93,9 +96,14 @@ def _soon(comparison: Comparison, answer: Answer) -> dict[str, Any]:
 
     def cells(arm: ArmAnswer) -> list[Cell]:
         targets = {target.level: target for target in arm.targets}
-        soon = [reached(targets.get(level), what) for level in levels for what in ("steps", "seconds")]
+        chances = {chance.level: chance for chance in arm.by_chance}
+        soon = [
+            _or_by_chance(reached(targets.get(level), what), chances.get(level) if what == "steps" else None)
+            for level in levels
+            for what in ("steps", "seconds")
+        ]
         own = (
-            f"{np.mean(arm.steps_to_own_best):,.0f}" if arm.steps_to_own_best else "–",
+            f"{np.mean(arm.steps_to_own_best):,.0f}" if any(arm.steps_to_own_best) else "–",
             saved(arm.steps_to_own_best_saved),
         )
         return [*soon, own]
@@ -120,13 +128,23 @@ def _measured(value: Measured | None) -> Cell:
     return ("–", "") if value is None else (spread(value), shown(value.difference))
 
 
+def _or_by_chance(cell: Cell, chance: Chance | None) -> Cell:
+    """What equal arms would show, below the control's steps."""
+    if chance is None or not chance.num_pairs:
+        return cell
+    said = f"by chance {percent(0.0 - chance.steps_saved)}"
+    if chance.num_censored:
+        said += f"; {chance.num_censored} of {chance.num_pairs} pairs never"
+    return cell[0], said
+
+
 def saved(interval: Interval | None, *, is_bound: bool = False) -> str:
     """A saving as what is added: ``−32.4 % (−40.1 to −20.0)``; ``≥ −32.4 %`` where it is an upper bound."""
     if interval is None:
         return ""
     if is_bound:
-        return f"≥ {percent(-interval.mean)}"
-    return shown(Interval(-interval.mean, -interval.high, -interval.low))
+        return f"≥ {percent(0.0 - interval.mean)}"
+    return shown(Interval(*(0.0 - end for end in (interval.mean, interval.high, interval.low))))  # no -0
 
 
 def reached(target: Target | None, what: str) -> Cell:
@@ -177,7 +195,7 @@ def _tuned(comparison: Comparison, arm: Arm, budget: float) -> dict[str, Any]:
         )
     return {
         "name": arm.name,
-        "trials": f"{len(points)}",
+        "trials": f"{len(points)} of {math.prod(map(len, grids.values()))}",
         "runs": f"{runs} runs" if runs > len(points) else "",
         "lost": sum(point.num_lost for point in points),
         "best": "–" if chosen is None else f"{chosen.mean:.4f}",

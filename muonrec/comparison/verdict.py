@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 
 from muonrec.comparison.numbers import Answer, ArmAnswer, Measured, Target
-from muonrec.comparison.results import Comparison
+from muonrec.comparison.results import Comparison, Design
 from muonrec.metrics import Interval
 from muonrec.page import percent, pretty
+
+_MANY_ARMS = 5  # of more, steps are told only where they differ
 
 
 def verdict(comparison: Comparison, found: Answer) -> str:
@@ -75,10 +77,11 @@ def _of_arm(comparison: Comparison, found: Answer, arm: ArmAnswer) -> list[str]:
     if len(arm.paired_seeds) == 1:
         of_users = "over users alone, so it " if has_ends(measured.difference) else "it "
         judged += f" (one seed: {of_users}says nothing of another seed)"
-    sentences = [f"{reached}, {signed(measured.difference)}: {judged}."]
+    sentences = [f"{reached}, {signed(measured.difference)}: {judged}.", *_of_validation(design, arm, measured)]
     target = next((target for target in arm.targets if target.level == 0.99), None)
-    if target is not None and target.steps_saved is not None:
-        sentences.append(_of_target(found, target))
+    is_brief = len(comparison.arms) > _MANY_ARMS
+    if target is not None and target.steps_saved is not None and not (is_brief and target.steps_saved.contains_zero):
+        sentences.append(_of_target(found, arm.budget, target))
     for budget, arms in list(found.arms.items())[1:]:
         smaller = arms.get(arm.arm)
         difference = smaller.test[found.metric].difference if smaller and found.metric in smaller.test else None
@@ -86,21 +89,38 @@ def _of_arm(comparison: Comparison, found: Answer, arm: ArmAnswer) -> list[str]:
             judged = _judged(difference, higher_is_better=design.higher_is_better)
             alone = " (one seed)" * (len(smaller.paired_seeds) == 1)
             sentences.append(f"At budget {budget:g} it is {signed(difference)}: {judged}{alone}.")
+            sentences += _of_validation(design, smaller, smaller.test[found.metric])
     return sentences
 
 
-def _of_target(found: Answer, target: Target) -> str:
+def _of_validation(design: Design, arm: ArmAnswer, tested: Measured) -> list[str]:
+    """A sentence where the validation, which has an interval over the seeds alone, says otherwise than the test."""
+    found = arm.valid.difference
+    if found is None or tested.difference is None or not has_ends(found):
+        return []
+    judged, other = (_judged(one, higher_is_better=design.higher_is_better) for one in (found, tested.difference))
+    return [f"Its best validation is {signed(found)}: {judged}."] if judged != other else []
+
+
+def _of_target(found: Answer, budget: float, target: Target) -> str:
     goal = f"{100 * target.level:.0f} % of the best validation {pretty(found.metric)} of {found.control}"
     num_seeds = len(target.reached)
+    chances = found.arms[budget][found.control].by_chance if found.control in found.arms[budget] else ()
+    chance = next((one for one in chances if one.level == target.level and one.num_censored), None)
+    alike = (
+        f" ({chance.num_censored} of {chance.num_pairs} pairs of {found.control}'s own seeds never do)"
+        if chance
+        else ""
+    )
     if target.num_censored == num_seeds:
-        return f"It never reaches {goal} within the budget."
+        return f"It never reaches {goal} within the budget{alike}."
     assert target.steps_saved is not None
     text = f"It reaches {goal} in {_fewer(target.steps_saved, 'steps', is_bound=target.is_bound)}"
     if target.seconds_saved is not None:
         text += f" and {_fewer(target.seconds_saved, 'seconds of training', is_bound=target.is_bound)}"
     if target.is_bound:
         never = f"{target.num_censored} of {num_seeds} seeds that never {'do' if target.num_censored > 1 else 'does'}"
-        return f"{text}, counting {never} with the whole budget."
+        return f"{text}, counting {never} with the whole budget{alike}."
     if num_seeds == 1:
         return f"{text}, in the one seed."
     return text + (", which shows no difference in steps." if target.steps_saved.contains_zero else ".")

@@ -12,7 +12,8 @@ from muonrec.comparison.answer import answer, flags, paired, pairs_of, reached
 from muonrec.comparison.bootstrap import Paired, t_interval
 from muonrec.comparison.points import best_of
 from muonrec.comparison.results import Comparison, Design, RunResult
-from muonrec.metrics import paired_bootstrap_difference
+from muonrec.comparison.verdict import verdict
+from muonrec.metrics import Interval, paired_bootstrap_difference
 from tests.comparison.made_up import made_up_comparison, made_up_design
 
 
@@ -271,7 +272,42 @@ def test_an_arm_that_learns_as_fast_takes_as_many_steps(comparison):
     assert "in as many steps (0 % to 0 %) and as many seconds of training (0 % to 0 %)" in said.verdict
 
 
+def test_equal_arms_are_said_to_seem_slower_by_as_much_as_the_controls_own_seeds(comparison, found):
+    design, runs = comparison.design, comparison.finals("control")
+    for chance in found.arms[1.0]["control"].by_chance:
+        savings, censored = [], 0
+        for run in runs:
+            for other in runs:
+                if run is not other:
+                    own = reached(design, run, other, chance.level)
+                    savings.append(1 - own.steps / reached(design, other, other, chance.level).steps)
+                    censored += own.is_censored
+        assert (chance.num_pairs, chance.num_censored) == (6, censored)
+        assert chance.steps_saved == pytest.approx(np.mean(savings))
+    assert found.arms[1.0]["muon"].by_chance == ()
+    chance = dataclasses.replace(found.arms[1.0]["control"].by_chance[0], num_censored=2)
+    own = dict(found.arms[1.0])
+    own["control"] = dataclasses.replace(own["control"], by_chance=(chance,))
+    target = dataclasses.replace(own["muon"].targets[0], num_censored=3)
+    own["muon"] = dataclasses.replace(own["muon"], targets=(target,))
+    said = verdict(comparison, dataclasses.replace(found, arms={1.0: own}))
+    assert "within the budget (2 of 6 pairs of control's own seeds never do)." in said
+
+
+def test_a_validation_that_says_otherwise_than_the_test_is_told(comparison, found):
+    assert "best validation is" not in found.verdict
+    own = dict(found.arms[1.0])
+    own["muon"] = dataclasses.replace(
+        own["muon"], valid=dataclasses.replace(own["muon"].valid, difference=Interval(-0.02, -0.03, -0.01))
+    )
+    said = verdict(comparison, dataclasses.replace(found, arms={1.0: own}))
+    assert "Its best validation is −2.0 % (95 % interval −3.0 % to −1.0 %): worse." in said
+
+
 def test_flags_name_what_a_reader_must_know(comparison):
+    unknown = dataclasses.replace(comparison, targets=None)
+    assert any(flag.startswith("There is no targets.parquet") for flag in flags(unknown))
+    assert not any(flag.startswith("There is no targets.parquet") for flag in flags(comparison))
     design, runs = comparison.design, list(comparison.runs)
     best = best_of(comparison, "muon", 1.0)
     grids = {name: (rate / 2, rate, 2 * rate) for name, rate in best.rates.items()}
@@ -426,6 +462,13 @@ def test_an_aggregate_says_what_it_does_not_know_and_refuses_what_has_no_mean(tw
     assert any(
         flag.startswith("b has one seed of muon, so that the mean steps have no interval") for flag in found.flags
     )
+
+    def with_data(one, data):
+        return dataclasses.replace(one, design=dataclasses.replace(one.design, facts={"fingerprint": data}))
+
+    assert "a and b are ranked on the same targets" in aggregate_of(with_data(a, "x"), with_data(b, "x")).flags[0]
+    assert not any("same targets" in flag for flag in aggregate_of(with_data(a, "x"), with_data(b, "y")).flags)
+
     half = dataclasses.replace(
         b,
         design=dataclasses.replace(b.design, budgets=(0.5,)),

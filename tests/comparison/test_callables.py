@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 
 import muonrec
 from muonrec.comparison.results import read_comparison
@@ -101,10 +102,46 @@ def test_per_unit_must_be_of_the_same_examples_in_every_arm():
         def __call__(self, settings, **asked):
             found = super().__call__(settings, **asked)
             num_units = 40 if settings["optimizer"] == "muon" else 50
+            found["test"].pop("log_loss")  # which would be the mean of others
             return {**found, "per_unit": {"log_loss": found["per_unit"]["log_loss"][:num_units]}}
 
     with pytest.raises(ValueError, match=r"per_unit log_loss of shape \(40,\) for muon, and \(50,\) for control"):
         muonrec.compare(Fewer(), ARMS, "auc", **FEW)
+
+
+def test_numbers_of_numpy_and_torch_are_as_good_as_pythons(tmp_path):
+    class Curved(Trainer):
+        def __call__(self, settings, **asked):
+            assert type(settings["lr"]) is float
+            found = super().__call__(settings, **asked)
+            curve = np.linspace(0.5, found["valid"]["auc"], 5)
+            return {
+                **found,
+                "valid": {"auc": torch.tensor(found["valid"]["auc"])},
+                "curve_step": np.arange(1, 6),
+                "curve_seconds": torch.arange(5.0),
+                "curve_value": curve,
+                "num_steps": np.int64(5),
+                "per_unit": {"log_loss": torch.tensor(found["per_unit"]["log_loss"])},
+            }
+
+    arms = {arm: {**settings, "lr": list(np.array([0.01, 0.1]))} for arm, settings in ARMS.items()}
+    as_array = {arm: {**settings, "lr": np.array([0.01, 0.1])} for arm, settings in ARMS.items()}
+    found = muonrec.compare(Curved(), arms, "auc", output=tmp_path, **FEW).answer()
+    assert found.arms[1.0]["muon"].targets and found.arms[1.0]["muon"].rates == {"lr": 0.1}
+    assert muonrec.compare(Curved(), as_array, "auc", **FEW).answer().verdict == found.verdict
+
+
+def test_values_by_example_that_do_not_make_the_metric_are_refused():
+    class Other(Trainer):
+        def __call__(self, settings, **asked):
+            found = super().__call__(settings, **asked)
+            return {**found, "per_unit": {"auc": np.full(50, 0.1)}}
+
+    with pytest.raises(ValueError, match=r"test auc 0\.\d+, and per_unit values of it whose mean is 0\.1"):
+        muonrec.compare(Other(), ARMS, "auc", **FEW)
+    with pytest.raises(ValueError, match=r"budgets=\[1.0, 1.0\] was asked"):
+        muonrec.compare(Trainer(), ARMS, "auc", **FEW, budgets=[1.0, 1.0])
 
 
 def test_arms_that_start_unlike_are_refused():

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from muonrec.comparison.queue import QUEUE_STATE, Job, Queue, slots, steps_done
+from muonrec.comparison.queue import QUEUE_STATE, Job, Queue, available_cores, slots, steps_done
 from muonrec.runlog import Progress
 
 # Three steps; how it ends is the second argument, and `mark` files in its folder say what happened.
@@ -114,6 +114,16 @@ def test_steps_are_read_from_the_last_whole_line(tmp_path):
     assert steps_done(tmp_path) == 0
     (tmp_path / "metrics.jsonl").write_text('{"step": 10, "loss_nats": 1.0}\n{"step": 20}\n{"step": 3')
     assert steps_done(tmp_path) == 20
+
+
+def test_cores_are_those_of_the_affinity_and_of_the_containers_limit(monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1, 2, 3})
+    for limit, cores in (("max 100000", 4), ("250000 100000", 2), ("50000 100000", 1), ("6400000 100000", 4)):
+        monkeypatch.setattr("pathlib.Path.is_file", lambda _: True)
+        monkeypatch.setattr("pathlib.Path.read_text", lambda _, limit=limit: f"{limit}\n")
+        assert available_cores() == cores
+    monkeypatch.setattr("pathlib.Path.is_file", lambda _: False)
+    assert available_cores() == 4
 
 
 def test_slots_share_cores_and_divide_devices(monkeypatch):

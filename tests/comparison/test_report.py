@@ -8,7 +8,7 @@ import pytest
 from muonrec.comparison.aggregate import aggregated
 from muonrec.comparison.aggregate_report import write_aggregate_report
 from muonrec.comparison.answer import answer
-from muonrec.comparison.figures import common_curves, rate_panels, target_value
+from muonrec.comparison.figures import common_curves, looks, rate_panels, target_value
 from muonrec.comparison.report import _fingerprints, write_comparison_report
 from muonrec.comparison.results import Arm, Comparison, Design, RunResult
 from muonrec.comparison.verdict import shown
@@ -159,6 +159,14 @@ def test_every_cell_of_the_printed_table_stands_under_its_heading(whole, capsys,
         "memory": "800 MiB",
     }
     assert table["control"]["to the control"] == ""
+
+
+def test_every_arm_has_a_look_of_its_own():
+    design = made_up_design()
+    arms = tuple(dataclasses.replace(design.arms[1], name=name) for name in ["control", *map(str, range(17))])
+    found = looks(dataclasses.replace(design, arms=arms))
+    assert len(set(found.values())) == len(found) == 18
+    assert found["control"].dash == "-" != found["16"].dash
 
 
 def test_one_rate_for_all_appears_in_the_panel_of_each(whole):
