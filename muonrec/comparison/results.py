@@ -276,20 +276,18 @@ def read_comparison(folder: str | Path) -> Comparison:
     """Read what `write_results` and `write_targets` wrote into ``folder``.
 
     Raises:
-        ValueError: there is no ``results.parquet``, or it is of something else.
+        ValueError: there is no ``results.parquet``, or it is of something else or damaged.
     """
-    import pyarrow.parquet as pq
-
     path = Path(folder) / RESULTS
     if not path.is_file():
         raise ValueError(f"{folder} has no {RESULTS}; pass the output of python -m pipeline.compare")
-    table = pq.read_table(path)
+    table = _read_table(path, otherwise="restore it, or delete it and start anew")
     if b"comparison" not in (table.schema.metadata or {}):
         raise ValueError(f"{path} does not say what was compared; run python -m pipeline.compare again")
     targets_path = Path(folder) / TARGETS
     targets = None
     if targets_path.is_file():
-        columns = pq.read_table(targets_path)
+        columns = _read_table(targets_path, otherwise="delete it: the comparison's own command writes it again")
         targets = {name: columns.column(name).to_numpy() for name in columns.column_names}
     # Arrays of numbers whole, the rest as Python's own.
     whole = {name: [_array(value) for value in table.column(name)] for name in ("num_greater", "num_equal")}
@@ -373,6 +371,16 @@ def _run_of(row: Mapping[str, Any]) -> RunResult:
             "spectra": tuple(Spectrum(**{**s, "singular_values": tuple(s["singular_values"])}) for s in row["spectra"]),
         }
     )
+
+
+def _read_table(path: Path, *, otherwise: str) -> pa.Table:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return pq.read_table(path)
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{path} is damaged ({error}); {otherwise}") from None
 
 
 def _written(table: pa.Table, path: Path) -> Path:

@@ -63,3 +63,15 @@ def test_what_is_no_comparison_is_refused(tmp_path):
     pq.write_table(pa.table({"a": [1]}), tmp_path / RESULTS)
     with pytest.raises(ValueError, match="does not say what was compared"):
         read_comparison(tmp_path)
+
+
+def test_a_damaged_file_is_named(tmp_path):
+    for name in ("targets.parquet", "results.parquet"):
+        comparison = made_up_comparison(num_users=5, evaluations=3)
+        write_results(tmp_path, comparison.design, comparison.runs)
+        write_targets(tmp_path, comparison.targets)
+        whole = (tmp_path / name).read_bytes()
+        for damaged in (b"hello", whole[:-20], whole[:20] + b"x" * (len(whole) // 2) + whole[len(whole) // 2 + 20 :]):
+            (tmp_path / name).write_bytes(damaged)
+            with pytest.raises(ValueError, match=f"{name} is damaged"):
+                read_comparison(tmp_path)
