@@ -93,8 +93,8 @@ def aggregated(found: Sequence[Found]) -> Aggregate:
         if at_largest_budget(one, answer) and (data := one.design.facts.get("fingerprint")):
             alike.setdefault(data, []).append(one.design.name)
     flags += [
-        f"{' and '.join(names)} are ranked on the same targets: their errors are not independent, so that the "
-        "intervals of the means are too narrow."
+        f"{', '.join(names[:-1])} and {names[-1]} are ranked on the same targets: their errors are not independent, so "
+        "that the intervals of the means are too narrow."
         for names in alike.values()
         if len(names) > 1
     ]
