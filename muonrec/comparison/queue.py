@@ -229,7 +229,8 @@ def steps_done(folder: Path) -> int:
 
 def available_cores() -> int:
     """Processor cores that this process may use: no more than its affinity, as under SLURM, and a container's limit."""
-    cores = len(os.sched_getaffinity(0))
+    # Not every system has affinities.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     limit = Path("/sys/fs/cgroup/cpu.max")  # "200000 100000": microseconds in every so many; "max": no limit
     quota, _, period = limit.read_text().partition(" ") if limit.is_file() else ("max", "", "")
     return cores if quota == "max" else max(1, min(cores, int(quota) // int(period)))
