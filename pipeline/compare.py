@@ -158,7 +158,8 @@ class CompareConfig(Config):
             _check_grids(f"arms.{name}.grids", arm.grids, arm.rates)
             if of_data := [path for path in flat(arm.overrides) if path.partition(".")[0] == "data"]:
                 raise ValueError(f"arms.{name} overrides {', '.join(of_data)}, but all arms have the same data")
-        _check_grids("grids", self.grids, [*_GRIDS, *(rate for arm in self.arms.values() for rate in arm.rates)])
+        known = dict.fromkeys([*_GRIDS, *(rate for arm in self.arms.values() for rate in arm.rates)])
+        _check_grids("grids", self.grids, known)
         check_seeds(self.seeds, self.tuning_seeds)
         check_budgets(self.budgets)
         for name in ("popularity_bounds", "length_bounds"):

@@ -234,6 +234,7 @@ def test_what_cannot_be_compared_is_refused_before_anything_runs(run, changes, m
     with pytest.raises(ValueError) as error:
         run(**changes)
     assert message in str(error.value)
+    assert "tables, dense" not in str(error.value)  # each name once
 
 
 def test_arms_resolve_to_settings_that_differ_as_they_say(dataset, tmp_path, monkeypatch):
