@@ -19,7 +19,7 @@ def processor_s(rows):
 
 def test_the_step_does_not_grow_with_the_table_and_that_of_a_dense_one_does():
     (few, plain_few), (many, plain_many) = (run_on_ranks(1, processor_s, rows)[0] for rows in (10_000, 1_000_000))
-    assert many < 2 * few  # seen: 1.0 to 1.1; time of the processor, whatever else runs
+    assert many < 5 * few  # seen: 0.9 to 1.4 by the processor's time, which other work reaches through the caches
     assert plain_many > 10 * plain_few
 
 

@@ -163,7 +163,7 @@ def test_any_number_of_ranks_gives_the_bits_of_one(num_ranks):
     for item_chunk, user_block, k, masked in [(7, 11, 6, True), (8192, 2048, 60, True), (10, 1, None, False)]:
         seen = made_up_seen if masked else None
         alone = rank_targets(made_up_encoder(), batches_of(ALONE), ranks=ALONE, k=k, mask_seen=seen)
-        results = run_on_ranks(num_ranks, ranked_here, item_chunk, user_block, k, masked, timeout_s=120)
+        results = run_on_ranks(num_ranks, ranked_here, item_chunk, user_block, k, masked)
         for ranked, _ in results:
             assert_same(ranked, alone)
         assert len({num_lookups for _, num_lookups in results}) == 1

@@ -211,7 +211,6 @@ def test_torchx_starts_ranks_on_this_machine(tmp_path: Path, torchx_run: "Torchx
     assert [(output / f"rank{rank}").read_text() for rank in range(2)] == ["3 1 name=two words"] * 2
 
 
-@pytest.mark.timeout(300)
 def test_torchx_builds_data_and_trains_the_demo_for_three_steps(tmp_path: Path, torchx_run: "TorchxRun") -> None:
     config = str(ROOT / "configs" / "demo" / "sasrec.yaml")
     data = f"data.output={tmp_path / 'data'}"

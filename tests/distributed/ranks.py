@@ -51,7 +51,7 @@ class RankTimeout(AssertionError):
     """The ranks did not all answer in time; the message says where each of the others stood."""
 
 
-def run_on_ranks(num_ranks: int, function: Callable[..., Any], *args: Any, timeout_s: float = 90.0) -> list[Any]:
+def run_on_ranks(num_ranks: int, function: Callable[..., Any], *args: Any, timeout_s: float = 240.0) -> list[Any]:
     """Call ``function(*args)`` on every rank of a gloo group and return the results by rank.
 
     Each call starts from ``torch.manual_seed(0)`` with one thread per rank. The default process group exists, and it

@@ -89,7 +89,6 @@ def test_weights_of_other_codes_are_refused():
 
 
 @pytest.mark.slow  # six starts of ranks; the contract shows as much of the causal encoder
-@pytest.mark.timeout(300)
 def test_two_ranks_follow_one_under_ddp_and_fsdp2_and_refuse_other_codes(path):
     [(alone, ndcg)] = run_on_ranks(1, trained, path, f"output={path.parent / 'alone'}")
     assert len(alone) == STEPS + 1

@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -19,14 +20,14 @@ dataset = test_train.dataset  # the fixture
 ENDLESS = {"num_steps": 100_000, "validation": {"every_steps": 5, "max_users": 20}, "checkpoints": {"every_steps": 5}}
 
 
-def until(happens, start, timeout_s=100):
+def until(happens, start, timeout_s=200):
     deadline_s = time.monotonic() + timeout_s
     while not happens():
         assert time.monotonic() < deadline_s and not start.is_over(), start.log()
         time.sleep(0.01)
 
 
-def ended(start, timeout_s=60):
+def ended(start, timeout_s=200):
     """Exit codes, the lines that are errors, and all that was said."""
     _, codes = start.wait(timeout_s)
     said = start.log()
@@ -61,11 +62,10 @@ def test_a_full_disk_is_said_in_one_line_and_leaves_the_checkpoint_before(datase
     until(lambda: checkpoint.newest(run / "checkpoints") is not None, start)
     # As another program might, in the middle of whatever the run does.
     with (small_disk / "filler").open("wb", buffering=0) as filler:
-        try:
-            while True:
-                filler.write(bytes(4096))
-        except OSError:
-            pass
+        for block in (bytes(1 << 20), bytes(4096)):  # at once, and then to the last page
+            with suppress(OSError):
+                while True:
+                    filler.write(block)
     codes, errors, said = ended(start)
     assert codes == [1, 1] and "Traceback" not in said, said
     assert len(errors) == 1 and "No space left on device" in errors[0]

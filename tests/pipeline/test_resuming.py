@@ -118,7 +118,6 @@ def evaluate(run, *overrides):
 # New data for an old model -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.timeout(240)
 @pytest.mark.parametrize(("num_ranks", "dense", "sharding"), [(1, "ddp", "table_wise"), (3, "fsdp2", "row_wise")])
 def test_day_after_day_the_table_grows_and_known_rows_go_on(data, tmp_path, num_ranks, dense, sharding):
     old, new, newest = (config_file(data, tmp_path, name) for name in NUM_ITEMS)

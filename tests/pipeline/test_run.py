@@ -145,7 +145,7 @@ def test_ctrl_c_ends_the_jobs_of_this_machine_and_the_next_start_goes_on(clone):
     )
     assert started.stderr is not None
     deadline = time.monotonic() + 60
-    while not (clone / "calls").exists():
+    while not (clone / "calls").exists() or state(clone)["data"]["state"] != "submitted":
         assert time.monotonic() < deadline and started.poll() is None, started.stderr.read()
         time.sleep(0.1)
     started.send_signal(signal.SIGINT)

@@ -79,7 +79,6 @@ def train_from(path, *overrides):
     train(load_config(TrainConfig, path, overrides), this_rank())
 
 
-@pytest.mark.timeout(240)
 @pytest.mark.parametrize("launch", [Start, pytest.param(TorchrunStart, marks=pytest.mark.slow)])
 def test_killed_at_a_random_step_and_started_again_the_losses_are_those_of_the_uninterrupted_run(
     dataset,
@@ -87,7 +86,7 @@ def test_killed_at_a_random_step_and_started_again_the_losses_are_those_of_the_u
     launch,
 ):
     path = config_file(dataset, tmp_path)
-    run_on_ranks(2, train_from, path, f"output={tmp_path / 'whole'}", timeout_s=120)
+    run_on_ranks(2, train_from, path, f"output={tmp_path / 'whole'}")
     expected = losses(tmp_path / "whole")
     assert [step for step, _ in expected] == list(range(1, 31))
 
@@ -102,7 +101,7 @@ def test_killed_at_a_random_step_and_started_again_the_losses_are_those_of_the_u
     written = len(losses_so_far(metrics))
     assert written >= kill_at, start.log()
 
-    run_on_ranks(2, train_from, path, timeout_s=120)
+    run_on_ranks(2, train_from, path)
     assert losses(tmp_path / "run") == expected, f"killed after step {written}"
     assert validations(tmp_path / "run") == validations(tmp_path / "whole")
 
@@ -230,7 +229,6 @@ def cut_after(path, num_writes):
     return False
 
 
-@pytest.mark.timeout(240)
 def test_cut_before_any_file_is_written_the_run_goes_on_as_if_nothing_had_happened(dataset, tmp_path):
     path = config_file(dataset, tmp_path, num_steps=4, checkpoints={"every_steps": 3}, validation={"every_steps": 2})
     run_on_ranks(1, train_from, path)
@@ -284,7 +282,6 @@ def train_and_listen(path, *overrides):
     return warned
 
 
-@pytest.mark.timeout(240)
 def test_a_checkpoint_that_cannot_be_used_is_named_and_the_one_before_used(dataset, tmp_path):
     settings = {"num_steps": 6, "validation": {"every_steps": 3}, "checkpoints": {"every_steps": 2}}
     path = config_file(dataset, tmp_path, **settings)
@@ -351,7 +348,6 @@ def global_batches(of_ranks):
     return batches
 
 
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize(
     "legs",
     [
@@ -586,9 +582,9 @@ def test_the_clock_stands_while_it_is_paused():
     clock = Clock(already_s=5.0)
     with clock.paused():
         before = clock.seconds
-        time.sleep(0.02)
+        time.sleep(0.5)
         assert clock.seconds == before
-    assert 5.0 <= clock.seconds < before + 0.02
+    assert 5.0 <= clock.seconds < before + 0.5
 
 
 def test_a_seed_of_any_size_is_taken(dataset, tmp_path):
