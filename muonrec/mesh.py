@@ -54,6 +54,8 @@ def join_ranks() -> Iterator[Ranks]:
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     if "RANK" in os.environ:
         dist.init_process_group(backend, timeout=TIMEOUT)
+        # A rank that ends at once would break the connection of one that still joins, whose error would hide the cause.
+        dist.all_reduce(torch.zeros(1))
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=TIMEOUT)
     try:

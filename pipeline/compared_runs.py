@@ -42,8 +42,8 @@ from muonrec.config import flat, parse_config, read_yaml, set_at, to_yaml
 from muonrec.data.loader import evaluation_targets
 from muonrec.data.shards import Sequences, load_sequences
 from muonrec.mesh import Ranks
-from muonrec.report import METRICS
 from muonrec.runlog import Progress
+from muonrec.runs import METRICS
 from pipeline.building import semantic_ids_of
 from pipeline.data import check_same_data
 from pipeline.train import TrainConfig, make_loader

@@ -35,9 +35,10 @@ from muonrec.data.shards import Sequences
 from muonrec.generation import CodeDecoder, rank_held_out
 from muonrec.mesh import Ranks, join_ranks
 from muonrec.metrics import bootstrap_interval, breakdown, coverage, groups_between, metrics_per_user
-from muonrec.report import METRICS, RANKS, Ranked, read_runs, write_ranks, write_report
+from muonrec.report import write_report
 from muonrec.retrieval import Encoder, PopularityEncoder, RankedTargets, rank_by_popularity
 from muonrec.runlog import Progress, configure_logging, run_stage
+from muonrec.runs import METRICS, RANKS, Ranked, read_runs, write_ranks
 from pipeline.building import as_read_by
 from pipeline.data import check_same_data
 from pipeline.train import TrainConfig, load_run

@@ -13,8 +13,8 @@ from muonrec.checkpoint.checksum import state_checksum
 from muonrec.data.loader import TrainingBatches
 from muonrec.embeddings.tables import table_of
 from muonrec.mesh import Ranks
+from muonrec.runs import FINGERPRINTS
 
-FINGERPRINTS = "fingerprints.json"
 _FIRST_BATCHES = 3
 
 
@@ -49,12 +49,6 @@ def data_fingerprints(loader: TrainingBatches) -> dict[str, str]:
     for step in range(loader.steps_per_epoch):
         order.update(loader.samples(step).tobytes())
     return {"first_batches": batches.hexdigest()[:16], "epoch_order": order.hexdigest()[:16]}
-
-
-def read_fingerprints(folder: str | Path) -> dict[str, str]:
-    """What `record_fingerprints` wrote; empty if nothing."""
-    path = Path(folder) / FINGERPRINTS
-    return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def _bytes(tensor: torch.Tensor) -> bytes:

@@ -76,15 +76,15 @@ def print_plan(
             "num_user_tokens; leave it out"
         )
     model = build_model(config, num_items=num_items, ids=ids)
-    is_muon = config.dense_optimizer.name == "muon"
+    muon = config.dense_optimizer if config.dense_optimizer.name == "muon" else None
     job = describe_job(
         model,
         config.tables,
         cluster,
         workload=estimate_workload(config, num_items) if ids is None else estimate_token_workload(config, ids),
         dense_sharding=config.dense_sharding,
-        muon=is_muon,
-        ns_steps=config.dense_optimizer.ns_steps if config.dense_optimizer.name == "muon" else 0,
+        muon=muon is not None,
+        ns_steps=muon.ns_steps if muon else 0,
         overrides=config.routing,
         comms=config.comms,
     )
@@ -113,10 +113,10 @@ def parse_rows(options: Sequence[str]) -> dict[str, int]:
     """``["item=200000000"]`` as a mapping. Raises ValueError."""
     rows = {}
     for option in options:
-        table, separator, count = option.partition("=")
-        if not separator or not count.replace("_", "").isdigit() or int(count) < 1:
+        found = re.fullmatch(r"(\w+)=([1-9]\d*(?:_\d+)*)", option.strip())
+        if found is None:
             raise ValueError(f"--rows {option!r} is not TABLE=COUNT; write --rows item=200000000")
-        rows[table] = int(count)
+        rows[found[1]] = int(found[2])
     return rows
 
 

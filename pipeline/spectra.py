@@ -13,8 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from muonrec.embeddings.joined import Overrides, explain
 from muonrec.optim.update import Split, as_matrix
-
-SPECTRA = "spectra.jsonl"
+from muonrec.runs import SPECTRA
 
 
 class Spectra:

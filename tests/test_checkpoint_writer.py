@@ -161,3 +161,14 @@ def test_sigterm_waits_for_what_is_being_written(dataset, tmp_path):
     path = config_file(dataset, tmp_path, num_steps=20, checkpoints={"every_steps": 4, "asynchronous": True})
     for step, status, newest in run_on_ranks(2, interrupted_while_it_writes, path):
         assert status == 143 and newest == f"step-{step:08d}"
+
+
+def end_at_once(root):
+    for _ in range(30):
+        with checkpoint.Writer(Path(root), keep=1, asynchronous=True):
+            pass  # as a run that had finished and is started again
+    return "well"
+
+
+def test_a_writer_that_ends_at_once_waits_for_the_ranks_that_still_join(tmp_path):
+    assert run_on_ranks(2, end_at_once, tmp_path) == ["well"] * 2

@@ -7,7 +7,6 @@ import time
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from muonrec import checkpoint, supervision
 from muonrec.checkpoint import writing
@@ -142,7 +141,6 @@ def collective_timeouts(path):
     groups = (watching._group, writer._group)
     found = [group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in groups]
     with watching, writer:
-        dist.barrier()  # a rank that ends its groups while another still connects to them breaks that one's connection
         return found
 
 

@@ -142,6 +142,7 @@ class Writer:
                 raise
             logger.warning("%s", failure)
         if self._group is not None and error is None:  # after an error others may be gone
+            dist.barrier(self._group)  # to end it at once would break the connection of a rank that still joins it
             dist.destroy_process_group(self._group)
 
     def _write_beside(self, *work: Any) -> None:

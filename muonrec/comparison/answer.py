@@ -19,7 +19,7 @@ from muonrec.comparison.results import Comparison, Design, RunResult
 from muonrec.comparison.search import END, edges
 from muonrec.comparison.verdict import verdict
 from muonrec.metrics import Interval, groups_between
-from muonrec.report import first_reaching
+from muonrec.runs import first_reaching
 
 LEVELS = (0.99, 1.0)
 _POPULARITY = ("tail", "middle", "head")

@@ -10,11 +10,8 @@ from typing import Any
 import numpy as np
 
 from muonrec.comparison.results import RunResult, Spectrum
-from muonrec.report import RunRecord, read_run
 from muonrec.runlog import read_metrics
-
-# As pipeline.fingerprints and pipeline.spectra write them.
-FINGERPRINTS, SPECTRA = "fingerprints.json", "spectra.jsonl"
+from muonrec.runs import FINGERPRINTS, SPECTRA, RunRecord, read_run
 
 
 def collect(folder: Path, run: RunResult, metric: str) -> tuple[RunResult, dict[str, np.ndarray] | None]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from muonrec.metrics import metrics_per_user
-from muonrec.report import Ranked
+from muonrec.runs import Ranked
 
 if TYPE_CHECKING:
     import pyarrow as pa

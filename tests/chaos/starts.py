@@ -206,19 +206,10 @@ def _rank(rank, num_ranks, port, config, folder):
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(num_ranks), LOCAL_WORLD_SIZE=str(num_ranks))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo", OMP_NUM_THREADS="1")
     import torch
-    import torch.distributed as dist
 
     from pipeline import train
 
     torch.set_num_threads(1)
-    init_process_group = dist.init_process_group
-
-    def joined(*args, **settings):
-        # A rank that ends at once breaks the connection of one that still joins, which then speaks of that.
-        init_process_group(*args, **settings)
-        dist.barrier()
-
-    dist.init_process_group = joined
     batches = train.Run.batches
 
     def watched(run, step, end):

@@ -531,6 +531,7 @@ def test_estimated_activations_are_within_a_third_of_what_autograd_keeps():
     [
         (["--plan", "16", "--hbm", "80"], "--plan '16' is not NODESxRANKS; write 16x8"),
         (["--plan", "1x2", "--hbm", "80", "--rows", "item"], "--rows 'item' is not TABLE=COUNT"),
+        (["--plan", "1x2", "--hbm", "80", "--rows", "item=1__0"], "--rows 'item=1__0' is not TABLE=COUNT"),
         (["--plan", "1x2", "--hbm", "80", "--rows", "user=5"], "--rows names tables ['user']"),
         (["--plan", "1x2", "--hbm", "80", "data.output=nowhere"], "pass --rows item=COUNT"),
         (["--plan", "1x2", "--hbm", "0", "--rows", "item=5"], "1 x 2 ranks with 0 bytes"),

@@ -19,7 +19,7 @@ from benchmarks.generation import random_ids
 from muonrec.data.shards import load_sequences
 from muonrec.mesh import Ranks
 from muonrec.metrics import bootstrap_interval
-from muonrec.report import read_ranks
+from muonrec.runs import read_ranks
 from pipeline.data import build_dataset, load_data_config
 from tests.distributed.ranks import run_on_ranks
 from tests.generation.decoders import TableDecoder

@@ -1,5 +1,7 @@
 """Fingerprints: equal for what starts alike on any number of ranks, and different for what does not."""
 
+import json
+
 import torch
 
 from muonrec.checkpoint.checksum import state_checksum
@@ -7,8 +9,9 @@ from muonrec.config import parse_config
 from muonrec.data.shards import load_sequences
 from muonrec.data.synthetic import SyntheticSource
 from muonrec.mesh import Ranks
+from muonrec.runs import FINGERPRINTS
 from pipeline.data import DataConfig, build_dataset
-from pipeline.fingerprints import read_fingerprints, record_fingerprints
+from pipeline.fingerprints import record_fingerprints
 from pipeline.train import TrainConfig, make_loader, make_model
 from tests.distributed.ranks import run_on_ranks
 
@@ -43,13 +46,16 @@ def test_they_depend_on_what_a_run_starts_from_and_not_on_the_ranks(tmp_path):
     run_on_ranks(2, record, tmp_path / "data", tmp_path / "two", {}, {"seed": 1}, {"tables": tables}, other_loss)
     run_on_ranks(1, record, tmp_path / "data", tmp_path / "one", {})
 
-    base, seeded, sparse, candidates = (read_fingerprints(tmp_path / "two" / str(number)) for number in range(4))
+    base, seeded, sparse, candidates = (written(tmp_path / "two" / str(number)) for number in range(4))
     assert set(base) == {"initial_state", "first_batches", "epoch_order"}
-    assert read_fingerprints(tmp_path / "one" / "0") == base
+    assert written(tmp_path / "one" / "0") == base
     assert all(seeded[name] != base[name] for name in base)
     assert sparse == base  # another kernel holds the table, the weights are the same
     assert candidates == {**base, "first_batches": candidates["first_batches"]} != base
-    assert read_fingerprints(tmp_path / "none") == {}
+
+
+def written(folder):
+    return json.loads((folder / FINGERPRINTS).read_text())
 
 
 def test_the_checksum_sees_every_bit_every_place_and_every_name():

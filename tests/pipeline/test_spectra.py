@@ -10,8 +10,9 @@ from torch import nn
 from muonrec.config import parse_config
 from muonrec.data.synthetic import SyntheticSource
 from muonrec.mesh import Ranks
+from muonrec.runs import SPECTRA
 from pipeline.data import DataConfig, build_dataset
-from pipeline.spectra import SPECTRA, Spectra
+from pipeline.spectra import Spectra
 from pipeline.train import TrainConfig, train
 from tests.distributed.ranks import run_on_ranks
 
