@@ -211,10 +211,11 @@ def _draw_validation(comparison: Comparison, answer: Answer) -> Any:
                 handles[arm] = axis.plot([], [], look.dash, color=look.colour, marker=look.marker, ms=7, mec="white")[0]
                 ends += [y_SG.min(0)[-1], y_SG.max(), y_SG.min()]
                 early.append(float(np.interp(0.2 * x_G[-1], x_G, y_SG.mean(0))))
-            axis.set_xlim(left=0)
             axis.xaxis.set_major_locator(max_ticks(6, whole=against == "curve_step"))
             axis.xaxis.set_major_formatter(_in_thousands)
         _target_lines(row, comparison, answer, budget)
+        for axis in row:
+            axis.set_xlim(left=0)  # last, since it also fixes the right end, beyond the markers
         _set_limits(row[0], ends, early, higher_is_better=comparison.design.higher_is_better)
         row[0].set_ylabel(f"validation {pretty(answer.metric)}")
         row[0].set_title(budget_name(comparison, budget))
