@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from muonrec.comparison.aggregate import Aggregate, Found, at_largest_budget, better, difference_of
+from muonrec.comparison.aggregate import Aggregate, ArmAggregate, Found, at_largest_budget, better, difference_of
 from muonrec.comparison.answer import LEVELS
 from muonrec.comparison.figures import FIGURES
 from muonrec.comparison.forest import Mark, Row, draw_forest, label_rows, level_handles, level_marker
@@ -85,36 +85,47 @@ def _facts(comparison: Comparison, answer: Answer) -> dict[str, Any]:
 
 
 def _draw(found: Sequence[Found], totals: Aggregate) -> Any:
-    rows: list[Row] = []
-    for place, total in enumerate(totals.arms):
-        colour = COLOURS[(place + 1) % len(COLOURS)]  # the control would have the first
-        rows.append(Row(total.arm, is_header=True))
-        for comparison, answer in found:
-            arm = at_largest_budget(comparison, answer).get(total.arm)
-            if arm is None or total.arm == answer.control:
-                continue
-            difference = better(difference_of(comparison, arm), higher_is_better=totals.higher_is_better)
-            targets = {target.level: target for target in arm.targets}
-            marks = [
-                Mark(target.steps_saved, level_marker(level), is_bound=target.is_bound)
-                for level in LEVELS
-                if (target := targets.get(level)) is not None
-            ]
-            rows.append(Row(comparison.design.name, [[Mark(difference)], marks], colour))
+    """Two panels for each arm, with scales of their own: one that is far off would flatten the others."""
+    # The control would have the first colour.
+    by_arm = [_rows(found, total, totals, COLOURS[place % len(COLOURS)]) for place, total in enumerate(totals.arms, 1)]
+    if not by_arm:
+        return None
+    heights = [len(rows) + 1.6 for rows in by_arm]  # and the title and the ticks
+    figure, axes = subplots(2, rows=len(by_arm), height=0.6 + 0.42 * sum(heights), sharey="row", height_ratios=heights)
+    for pair, total, rows in zip(axes, totals.arms, by_arm, strict=True):
+        draw_forest(pair, rows, labels=["", ""])
+        label_rows(pair, rows)
+        pair[0].set_title(total.arm)
+        for axis, value in zip(pair, _PAPER, strict=True):
+            if totals.metric == "ndcg@10" and axis.get_xlim()[0] < value < axis.get_xlim()[1]:
+                axis.axvline(value, color=GREY, linestyle=":", linewidth=1)
+                axis.annotate("paper", (value, -0.6), (3, -9), textcoords="offset points", fontsize=8, color=GREY)
+    axes[-1][0].set_xlabel(f"{_metric(totals)} than the control's")
+    axes[-1][1].set_xlabel("fewer steps than the control")
+    handles, names = level_handles(axes[0][1], LEVELS)
+    figure.legend(handles, names, loc="outside upper right", ncols=2)
+    return figure
+
+
+def _rows(found: Sequence[Found], total: ArmAggregate, totals: Aggregate, colour: str) -> list[Row]:
+    """A row for each comparison that has the arm, and their mean."""
+    rows = []
+    for comparison, answer in found:
+        arm = at_largest_budget(comparison, answer).get(total.arm)
+        if arm is None or total.arm == answer.control:
+            continue
+        difference = better(difference_of(comparison, arm), higher_is_better=totals.higher_is_better)
+        targets = {target.level: target for target in arm.targets}
+        marks = [
+            Mark(target.steps_saved, level_marker(level), is_bound=target.is_bound)
+            for level in LEVELS
+            if (target := targets.get(level)) is not None
+        ]
+        rows.append(Row(comparison.design.name, [[Mark(difference)], marks], colour))
+    if len(rows) > 1:
         marks = [
             Mark(interval, level_marker(level), is_bound=number > 0)
             for level, interval, number in zip(LEVELS, total.steps_saved, total.num_censored, strict=True)
         ]
         rows.append(Row("mean", [[Mark(total.better)], marks], colour, is_total=True))
-    if not rows:
-        return None
-    figure, [axes] = subplots(2, height=1.35 + 0.42 * len(rows), sharey=True)
-    draw_forest(axes, rows, labels=[f"{_metric(totals)} than the control's", "fewer steps than the control"])
-    label_rows(axes, rows)
-    for axis, value in zip(axes, _PAPER, strict=True):
-        if totals.metric == "ndcg@10" and axis.get_xlim()[0] < value < axis.get_xlim()[1]:
-            axis.axvline(value, color=GREY, linestyle=":", linewidth=1)
-            axis.annotate("paper", (value, -0.6), (3, -9), textcoords="offset points", fontsize=8, color=GREY)
-    handles, names = level_handles(axes[1], LEVELS)
-    figure.legend(handles, names, loc="outside upper right", ncols=2)
-    return figure
+    return rows
