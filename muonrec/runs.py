@@ -1,4 +1,4 @@
-"""What the stages leave in the folder of a run, read back, and two runs paired over their users."""
+"""Runs, read back from what the stages leave in their folders."""
 
 # N = users
 
