@@ -30,6 +30,8 @@ class ArmAggregate:
             better, whichever way the metric goes.
         steps_saved: mean of ``1 - arm / control`` of the steps to each of `LEVELS`, as in `Target`.
         num_censored: runs that never reach each of `LEVELS`: where there are any, the mean is an upper bound.
+        by_chance: what ``steps_saved`` would be of arms that are as good as their controls, see `Chance`: mean over the
+            comparisons that know it, NaN where none does.
     """
 
     arm: str
@@ -38,6 +40,7 @@ class ArmAggregate:
     better: Interval | None
     steps_saved: tuple[Interval | None, ...]
     num_censored: tuple[int, ...]
+    by_chance: tuple[float, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,14 +105,15 @@ def aggregated(found: Sequence[Found]) -> Aggregate:
     totals = []
     for name in arms:
         _check_distinct(name, [one for one, _ in found])
-        members = [
-            (one, arm)
-            for one, answer in found
-            if name != one.design.control and (arm := at_largest_budget(one, answer).get(name)) and arm.paired_seeds
-        ]
+        members, controls = [], []
+        for one, answer in found:
+            arms_of_it = at_largest_budget(one, answer)
+            if name != one.design.control and (arm := arms_of_it.get(name)) and arm.paired_seeds:
+                members.append((one, arm))
+                controls.append(arms_of_it[one.design.control])
         flags += _flags(name, found, members)
         if members:
-            totals.append(_mean(name, members))
+            totals.append(_mean(name, members, controls))
     return Aggregate(designs[0].metric, designs[0].higher_is_better, tuple(totals), tuple(flags))
 
 
@@ -131,7 +135,7 @@ def difference_of(comparison: Comparison, arm: ArmAnswer) -> Interval | None:
     return arm.test[metric].difference if metric in arm.test else None
 
 
-def _mean(arm: str, members: Sequence[tuple[Comparison, ArmAnswer]]) -> ArmAggregate:
+def _mean(arm: str, members: Sequence[tuple[Comparison, ArmAnswer]], controls: Sequence[ArmAnswer]) -> ArmAggregate:
     design = members[0][0].design
     differences = [difference_of(one, own) for one, own in members]
     targets = [[target for _, own in members for target in own.targets if target.level == level] for level in LEVELS]
@@ -142,7 +146,14 @@ def _mean(arm: str, members: Sequence[tuple[Comparison, ArmAnswer]]) -> ArmAggre
         better(_mean_of(differences), higher_is_better=design.higher_is_better),
         tuple(_mean_of([target.steps_saved for target in own]) for own in targets),
         tuple(sum(target.num_censored for target in own) for own in targets),
+        tuple(_mean_by_chance(controls, level) for level in LEVELS),
     )
+
+
+def _mean_by_chance(controls: Sequence[ArmAnswer], level: float) -> float:
+    found = [chance.steps_saved for own in controls for chance in own.by_chance if chance.level == level]
+    known = [saved for saved in found if math.isfinite(saved)]
+    return float(np.mean(known)) if known else math.nan
 
 
 def _mean_of(intervals: Sequence[Interval | None]) -> Interval | None:

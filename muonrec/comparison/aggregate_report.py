@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from muonrec.comparison.numbers import Answer
 from muonrec.comparison.results import Comparison
 from muonrec.comparison.verdict import shown, spread
 from muonrec.figures import COLOURS, GREY, save_figures, subplots
-from muonrec.page import pretty, write_page
+from muonrec.page import percent, pretty, write_page
 
 AGGREGATE = "aggregate.html"
 # What Shan et al. 2026 (arXiv 2603.00416) report on average: NDCG@10 more, and steps to convergence fewer.
@@ -55,9 +56,12 @@ def total_cells(totals: Aggregate) -> list[dict[str, str]]:
             "runs": str(total.num_pairs),
             _metric(totals): shown(total.better) or "–",
         }
-        for level, interval, number in zip(LEVELS, total.steps_saved, total.num_censored, strict=True):
+        numbers = zip(LEVELS, total.steps_saved, total.num_censored, total.by_chance, strict=True)
+        for level, interval, number, by_chance in numbers:
             goal = f"{100 * level:.0f} %"
             cells[f"fewer steps to {goal}"] = shown(interval, is_bound=number > 0) or "–"
+            if interval is not None and math.isfinite(by_chance):
+                cells[f"fewer steps to {goal}"] += f", by chance {percent(by_chance)}"
             cells[f"never reach {goal}"] = "–" if interval is None else f"{number} of {total.num_pairs}"
         rows.append(cells)
     return rows

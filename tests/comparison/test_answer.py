@@ -14,6 +14,7 @@ from muonrec.comparison.points import best_of
 from muonrec.comparison.results import Comparison, Design, RunResult
 from muonrec.comparison.verdict import verdict
 from muonrec.metrics import Interval, paired_bootstrap_difference
+from muonrec.page import percent
 from tests.comparison.made_up import made_up_comparison, made_up_design
 
 
@@ -434,6 +435,12 @@ def test_an_aggregate_is_the_mean_of_the_comparisons_own_numbers(two):
         assert muon.steps_saved[index] == pytest.approx(
             (np.mean([one.mean for one in saved]), *np.mean([one.mean for one in saved]) + [-reach, reach])
         )
+    controls = [answer(one, num_resamples=50).arms[1.0]["control"] for one in two]
+    by_chance = [[chance.steps_saved for chance in control.by_chance] for control in controls]
+    assert muon.by_chance == one_rate.by_chance == pytest.approx(np.mean(by_chance, axis=0))
+    assert total_cells(aggregate_of(*two))[1]["fewer steps to 99 %"].endswith(
+        f", by chance {percent(muon.by_chance[0])}"
+    )
     assert one_rate.num_censored == (6, 6)
     assert total_cells(aggregate_of(*two))[0]["fewer steps to 99 %"].startswith("≤ ")
 
