@@ -218,6 +218,7 @@ class Runs:
             config.parallel_runs, ranks=config.ranks, devices=torch.cuda.device_count(), cores=available_cores()
         )
         self._machine = _machine(config.ranks, len(self._slots))
+        self._num_reused = 0
 
     @property
     def comparison(self) -> Comparison:
@@ -241,12 +242,13 @@ class Runs:
         for run in wanted:
             if self._reuse(run):
                 self.progress.expect_less(run.num_steps)
+                self._num_reused += 1
             else:
                 job = self._job(run)
                 jobs.setdefault(job.folder, (job, []))[1].append(run)  # several, where arms have the same settings
         self._write()
         if jobs:
-            logger.info("%d runs, %d at a time; %d are known", len(jobs), len(self._slots), len(wanted) - len(jobs))
+            logger.info("%d runs, %d at a time; %d known so far", len(jobs), len(self._slots), self._num_reused)
         queue = Queue(self._slots, self.progress, tries=self._config.tries)
         queue.run([job for job, _ in jobs.values()], lambda job, ended: self._record(job, jobs[job.folder][1], ended))
         return [self._kept.like(run) or run for run in wanted]

@@ -49,7 +49,7 @@ class Aggregate:
 
     Args:
         metric, higher_is_better: the main one, which all of them have in common.
-        arms: all that are not the control, where a comparison has runs of them.
+        arms: all that are not the control, where a comparison has runs of them; those in the most comparisons first.
         flags: what a reader must know, a sentence each: comparisons that are left out or have a part of their steps
             alone, intervals that are not known, arms that are not the same everywhere.
     """
@@ -114,6 +114,7 @@ def aggregated(found: Sequence[Found]) -> Aggregate:
         flags += _flags(name, found, members)
         if members:
             totals.append(_mean(name, members, controls))
+    totals.sort(key=lambda total: -len(total.comparisons))
     return Aggregate(designs[0].metric, designs[0].higher_is_better, tuple(totals), tuple(flags))
 
 

@@ -90,10 +90,12 @@ def _facts(comparison: Comparison, answer: Answer) -> dict[str, Any]:
 
 def _draw(found: Sequence[Found], totals: Aggregate) -> Any:
     """Two panels for each arm, with scales of their own: one that is far off would flatten the others."""
-    # The control would have the first colour.
-    by_arm = [_rows(found, total, totals, COLOURS[place % len(COLOURS)]) for place, total in enumerate(totals.arms, 1)]
-    if not by_arm:
+    if not totals.arms:
         return None
+    names = list(dict.fromkeys(arm for one, _ in found for arm in one.arms if arm != one.design.control))
+    # The control would have the first colour.
+    colours = [COLOURS[(1 + names.index(total.arm)) % len(COLOURS)] for total in totals.arms]
+    by_arm = [_rows(found, total, totals, colour) for total, colour in zip(totals.arms, colours, strict=True)]
     heights = [len(rows) + 1.6 for rows in by_arm]  # and the title and the ticks
     figure, axes = subplots(2, rows=len(by_arm), height=0.6 + 0.42 * sum(heights), sharey="row", height_ratios=heights)
     for pair, total, rows in zip(axes, totals.arms, by_arm, strict=True):
@@ -101,7 +103,7 @@ def _draw(found: Sequence[Found], totals: Aggregate) -> Any:
         label_rows(pair, rows)
         pair[0].set_title(total.arm)
         for axis, value in zip(pair, _PAPER, strict=True):
-            if totals.metric == "ndcg@10" and axis.get_xlim()[0] < value < axis.get_xlim()[1]:
+            if _is_of_the_paper(found, total, totals) and axis.get_xlim()[0] < value < axis.get_xlim()[1]:
                 axis.axvline(value, color=GREY, linestyle=":", linewidth=1)
                 axis.annotate("paper", (value, -0.6), (3, -9), textcoords="offset points", fontsize=8, color=GREY)
     axes[-1][0].set_xlabel(f"{_metric(totals)} than the control's")
@@ -109,6 +111,12 @@ def _draw(found: Sequence[Found], totals: Aggregate) -> Any:
     handles, names = level_handles(axes[0][1], LEVELS)
     figure.legend(handles, names, loc="outside upper right", ncols=2)
     return figure
+
+
+def _is_of_the_paper(found: Sequence[Found], total: ArmAggregate, totals: Aggregate) -> bool:
+    """Whether an arm is compared in what the paper reports: another dense optimizer, and nothing else."""
+    designs = [one.design for one, _ in found if one.design.name in total.comparisons]
+    return totals.metric == "ndcg@10" and not any(design.arm(total.arm).also_differs for design in designs)
 
 
 def _rows(found: Sequence[Found], total: ArmAggregate, totals: Aggregate, colour: str) -> list[Row]:

@@ -491,6 +491,8 @@ def test_an_aggregate_says_what_it_does_not_know_and_refuses_what_has_no_mean(tw
         for flag in nowhere.flags
     )
     assert nowhere.arms[1].comparisons == ("a",)
+    elsewhere = aggregate_of(a, lose(b, "one-rate", [1, 2, 3]))
+    assert [arm.arm for arm in elsewhere.arms] == ["muon", "one-rate"]  # in the most comparisons first
 
     arms = [
         dataclasses.replace(arm, overrides={**arm.overrides, "dense_optimizer.ns_steps": 6}) for arm in b.design.arms
