@@ -5,15 +5,16 @@ VENV ?= .venv
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check
 RUN = PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
 
-# Two ranks on two cores: without it every rank starts a thread per core.
-TORCHRUN = $(RUN) OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node 2 -m
-
 ifndef ACCELERATOR
 ACCELERATOR := $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
 endif
 ifeq ($(filter $(ACCELERATOR),cpu cuda),)
 $(error ACCELERATOR=$(ACCELERATOR) is not known; use ACCELERATOR=cpu or ACCELERATOR=cuda)
 endif
+
+# Each rank has a GPU of its own. Two ranks on two cores: without OMP_NUM_THREADS every rank starts a thread per core.
+NUM_RANKS ?= $(if $(filter cuda,$(ACCELERATOR)),$(shell test "$$(nvidia-smi -L | wc -l)" = 1 && echo 1 || echo 2),2)
+TORCHRUN = $(RUN) OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node $(NUM_RANKS) -m
 
 CONSTRAINTS = requirements/constraints-$(ACCELERATOR).txt
 # The set-up is done when the stamp of exactly these pins exists; then it costs one look at the file system.

@@ -40,8 +40,13 @@ def join_ranks() -> Iterator[Ranks]:
     fails instead of blocking. The group is destroyed on leaving the block. Under torchrun on Linux a rank dies with its
     launcher.
 
+    float32 means float32 on CUDA, too: cuDNN would round what it multiplies to TF32.
+
     Yields:
         Ranks: on CUDA, the device ``LOCAL_RANK`` names is made current.
+
+    Raises:
+        ValueError: this machine has fewer GPUs than ranks.
     """
     if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
         # A rank that outlives a killed torchrun would go on writing to a run that has been started again elsewhere.
@@ -50,7 +55,13 @@ def join_ranks() -> Iterator[Ranks]:
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
+        if local_rank >= torch.cuda.device_count():
+            raise ValueError(
+                f"local rank {local_rank} has no GPU of its own, since this machine shows {torch.cuda.device_count()}; "
+                "start as many ranks (torchrun --nproc-per-node), or train on the CPU (CUDA_VISIBLE_DEVICES=)"
+            )
         torch.cuda.set_device(device)
+        torch.backends.cudnn.allow_tf32 = False
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     if "RANK" in os.environ:
         dist.init_process_group(backend, timeout=TIMEOUT)

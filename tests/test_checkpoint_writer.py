@@ -56,6 +56,17 @@ def save_beside_three_steps(root, dense):
     return weights, later, before, after
 
 
+def test_the_thread_that_writes_is_on_the_device_of_its_rank(tmp_path, monkeypatch):
+    devices = {}
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda to: devices.update({threading.current_thread().name: to}))
+    with checkpoint.Writer(tmp_path, keep=1, asynchronous=True) as writer:
+        writer.save(1, torch.nn.Linear(2, 2))
+    assert devices == {"muonrec-checkpoint": 3}
+    assert checkpoint.newest(tmp_path)
+
+
 @pytest.mark.parametrize("dense", ["ddp", "fsdp2"])
 def test_what_is_written_beside_the_training_is_the_state_at_the_save(tmp_path, dense):
     weights, later, before, after = run_on_ranks(2, save_beside_three_steps, str(tmp_path), dense)[0]

@@ -84,6 +84,7 @@ class Writer:
         if asynchronous and num_ranks() > 1:
             self._group = dist.new_group(backend="gloo", timeout=TIMEOUT)
         self._thread: threading.Thread | None = None
+        self._cuda_device: int | None = None
         self._failure: BaseException | None = None
         self.pause_s = 0.0  # for which the last `save` held up its caller
 
@@ -109,6 +110,7 @@ class Writer:
         check_unfinished(folder)
         state, texts = flat(state_of(model, optimizer)), _texts(progress, files)
         if self._asynchronous:
+            self._cuda_device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
             work = (folder, state, texts, best, _PlannerOfCopies(state))
             self._thread = threading.Thread(
                 target=self._write_beside, args=work, name="muonrec-checkpoint", daemon=True
@@ -147,6 +149,8 @@ class Writer:
 
     def _write_beside(self, *work: Any) -> None:
         try:
+            if self._cuda_device is not None:
+                torch.cuda.set_device(self._cuda_device)  # of this thread, whose own would be the first, for every rank
             self._write(*work)
         except BaseException as failure:  # raised by `finish`
             self._failure = failure

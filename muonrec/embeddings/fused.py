@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -216,6 +216,7 @@ def _table_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 def table_optimizer(model: DistributedModelParallel) -> KeyedOptimizer:
     """What TorchRec has fused, our row-wise Adam beside it, and the step count of every Adam in its state."""
     parts: list[tuple[str, KeyedOptimizer]] = [("", model.fused_optimizer)]
+    counting = []
     for path, kernel in _kernels(model.module):
         table_batch = kernel.emb_module
         if isinstance(table_batch, RowwiseAdamTables):
@@ -223,12 +224,32 @@ def table_optimizer(model: DistributedModelParallel) -> KeyedOptimizer:
             parts.append((path, optimizer))
         elif isinstance(kernel, BatchedFusedEmbedding | BatchedFusedEmbeddingBag) and table_batch.optimizer in _ADAM:
             optimizer = kernel.fused_optimizer
+            counting.append(table_batch)
         else:
             continue
         for key, weight in optimizer.params.items():
             # TorchRec leaves it out, and a resumed Adam would correct its moments as if they were new.
             optimizer.state[weight][f"{key.split('.')[-2]}.iter"] = table_batch.iter
-    return CombinedOptimizer(parts)
+    return _TableOptimizer(parts, counting)
+
+
+class _TableOptimizer(CombinedOptimizer):
+    """The optimizers of all tables; FBGEMM's Adam goes on from the step that is loaded.
+
+    Args:
+        parts: as of `CombinedOptimizer`.
+        counting: FBGEMM's tables with a step count in the state, which it reads before the first step alone: from then
+            on it goes by a copy on the host.
+    """
+
+    def __init__(self, parts: Sequence[tuple[str, KeyedOptimizer]], counting: Sequence[Any]) -> None:
+        super().__init__(parts)
+        self._counting = counting
+
+    def post_load_state_dict(self) -> None:
+        super().post_load_state_dict()
+        for table_batch in self._counting:
+            table_batch.iter_cpu.fill_(int(table_batch.iter))
 
 
 def _kernels(model: nn.Module) -> Iterator[tuple[str, BaseBatchedEmbedding | BaseBatchedEmbeddingBag]]:

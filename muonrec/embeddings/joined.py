@@ -426,12 +426,14 @@ def _refuse_clipping_that_does_nothing(parameters: Any) -> None:
 
 def _adamw(named: list[tuple[str, torch.Tensor]], **settings: Any) -> torch.optim.AdamW:
     optimizer = torch.optim.AdamW([p for _, p in named], **settings)
+    group = optimizer.param_groups[0]
     # State exists from construction: DCP gathers keys collectively and loads in place.
-    for parameter in optimizer.param_groups[0]["params"]:
+    for parameter in group["params"]:
         optimizer.state[parameter] = {
-            "step": torch.tensor(0.0),
+            "step": torch.tensor(0.0, device=parameter.device if group["fused"] or group["capturable"] else "cpu"),
             "exp_avg": torch.zeros_like(parameter),
             "exp_avg_sq": torch.zeros_like(parameter),
+            **({"max_exp_avg_sq": torch.zeros_like(parameter)} if group["amsgrad"] else {}),
         }
     return optimizer
 

@@ -81,7 +81,9 @@ def make_plan(
     comms: CommsConfig | None = None,
     hbm_bytes: int | None = None,
 ) -> ShardingPlan:
-    """TorchRec's plan for ``model`` under one constraint per table; the same on every rank without talking.
+    """TorchRec's plan for ``model`` under one constraint per table; the same on every rank.
+
+    On CUDA a collective, where ``hbm_bytes`` is not given: all ranks plan for the smallest memory that one of them has.
 
     Raises:
         ValueError: a constraint cannot be met; says which table, and what works instead.
@@ -90,8 +92,13 @@ def make_plan(
     host_bytes = None
     if ranks.device.type == "cuda":
         # TorchRec would assume 32 GB, and 128 GB of the host's for each rank.
-        hbm_bytes = hbm_bytes or torch.cuda.get_device_properties(ranks.device).total_memory
         host_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // ranks_here
+        if hbm_bytes is None:
+            hbm_bytes = torch.cuda.get_device_properties(ranks.device).total_memory
+            if ranks.num_ranks > 1:  # nodes of one kind differ by some MB, and plans must not
+                smallest = torch.tensor([hbm_bytes, host_bytes], device=ranks.device)
+                dist.all_reduce(smallest, dist.ReduceOp.MIN)
+                hbm_bytes, host_bytes = smallest.tolist()
     topology = make_topology(ranks.num_ranks, ranks_here, ranks.device.type, hbm_bytes=hbm_bytes, host_bytes=host_bytes)
     try:
         plan = ask_planner(model, tables, topology, batch_size=batch_size, comms=comms or CommsConfig())
@@ -165,6 +172,7 @@ class FSDP2Wrapper(DataParallelWrapper):
         ignored = {value for module in sharded for value in (*module.parameters(), *module.buffers())}
         for value in (*root.parameters(), *root.buffers()):
             if value not in ignored:
+                value.data = value.data.to(device)  # a group of NCCL alone carries nothing else
                 # Otherwise shards of different initialisations would be stitched together.
                 _broadcast_over(mesh, value.detach())
         blocks = self._blocks if self._blocks is not None else list_children(root)

@@ -32,7 +32,11 @@ def capture_step(optimizer: Muon) -> Callable[[], None]:
         ValueError: what the step would have to ask the host for: a rate in a float, a gradient that may be missing,
             tensors that are not on one CUDA device, or several ranks.
     """
-    _check_capturable(optimizer)
+    with torch.cuda.device(_check_capturable(optimizer)):  # else the step would run beside the graph that records it
+        return _capture(optimizer)
+
+
+def _capture(optimizer: Muon) -> Callable[[], None]:
     held = [*optimizer.names, *chain.from_iterable(state.values() for state in optimizer.named_state().values())]
     before = [tensor.detach().clone() for tensor in held]
 
@@ -51,7 +55,8 @@ def capture_step(optimizer: Muon) -> Callable[[], None]:
     return graph.replay
 
 
-def _check_capturable(optimizer: Muon) -> None:
+def _check_capturable(optimizer: Muon) -> torch.device:
+    """The device of everything in the step."""
     num_ranks = getattr(optimizer, "num_ranks", 1)
     if num_ranks > 1:
         raise ValueError(
@@ -75,3 +80,4 @@ def _check_capturable(optimizer: Muon) -> None:
         devices.add(rate.device)
     if len(devices) > 1 or next(iter(devices)).type != "cuda":
         raise ValueError(f"a step was to be captured over {sorted(map(str, devices))}; move all to one CUDA device")
+    return next(iter(devices))

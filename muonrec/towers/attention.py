@@ -5,11 +5,16 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from muonrec.towers.packing import PackedLayout, pad, unpad
+
+# CUDA counts the rows of a kernel's grid in 16 bits.
+_MOST_ROWS = 65_535
 
 
 class Attention(nn.Module):
@@ -59,6 +64,12 @@ class Attention(nn.Module):
             causal: query i sees the first i + 1 alone.
             visible: bool, broadcastable to ``[B, N, Q, S]``; False hides.
         """
+        if len(q_BNQH) > _MOST_ROWS:
+            parts = zip(*(heads.split(_MOST_ROWS) for heads in (q_BNQH, k_BNSH, v_BNSH)), strict=True)
+            masks = itertools.repeat(None)
+            if visible is not None:
+                masks = visible.expand(len(q_BNQH), -1, -1, -1).split(_MOST_ROWS)
+            return torch.cat([self.attend(*part, causal=causal, visible=mask) for part, mask in zip(parts, masks)])
         attended_BNQH = F.scaled_dot_product_attention(
             q_BNQH,
             k_BNSH.to(q_BNQH.dtype),

@@ -46,9 +46,14 @@ class GRUTower(nn.Module):
         x_TD = self.dropout(x_TD)
         # Padding stands to the right of every event, where no state that is kept has seen it.
         hidden = [
-            unpad(self.gru(pad(x_TD[events], pad_BL))[0], unpad_T)
+            unpad(self._recur(pad(x_TD[events], pad_BL)), unpad_T)
             for events, pad_BL, unpad_T in PackedLayout.of(lengths_B, groups).groups
         ]
         # No events at all: every gate still takes part, since DDP waits for its gradient.
-        hidden_TH = torch.cat(hidden) if hidden else self.gru(x_TD.new_zeros(1, 1, x_TD.shape[1]))[0][0, :0]
+        hidden_TH = torch.cat(hidden) if hidden else self._recur(x_TD.new_zeros(1, 1, x_TD.shape[1]))[0, :0]
         return self.output(self.hidden_dropout(hidden_TH))
+
+    def _recur(self, x_BLD: torch.Tensor) -> torch.Tensor:
+        # Under autocast cuDNN's recurrence runs in float16 whatever dtype is asked for, and gradients vanish there.
+        with torch.autocast(x_BLD.device.type, enabled=False):
+            return self.gru(x_BLD.to(next(self.gru.parameters()).dtype))[0]

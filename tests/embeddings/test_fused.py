@@ -1,13 +1,17 @@
 """The joined optimizer: fused tables against a plain loop, schedules by their effect, clipping, state and routing."""
 
+from unittest import mock
+
 import pytest
 import torch
+from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from torch.distributed.tensor import DTensor
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
 from muonrec.batch import CANDIDATES, HISTORY, TARGETS
 from muonrec.data.loader import make_batch
-from muonrec.embeddings.joined import explain
+from muonrec.embeddings import fused
+from muonrec.embeddings.joined import _adamw, explain
 from muonrec.models import ShardedEncoder
 from tests.distributed.ranks import run_on_ranks
 from tests.embeddings.test_sharding import batches_of, joined, sharded, whole
@@ -25,6 +29,35 @@ def one_step(dmp, optimizer, step=0, kind="full_softmax"):
     loss, _ = dmp(batches_of(kind).share(step))
     loss.backward()
     optimizer.step()
+
+
+@pytest.mark.parametrize("settings", [{}, {"amsgrad": True}, {"fused": True}, {"foreach": True}], ids=str)
+def test_adamw_with_its_state_from_the_start_steps_as_torchs(settings):
+    start, *gradients = torch.randn(4, 5, 3, generator=torch.Generator().manual_seed(0))
+    mine, theirs = (torch.nn.Parameter(start.clone()) for _ in range(2))
+    optimizers = _adamw([("weight", mine)], lr=0.1, **settings), torch.optim.AdamW([theirs], lr=0.1, **settings)
+    for gradient in gradients:
+        mine.grad = theirs.grad = gradient
+        for optimizer in optimizers:
+            optimizer.step()
+    assert torch.equal(mine, theirs)
+
+
+def counts_after_loading(step):
+    dmp, _ = sharded()
+    # FBGEMM's Adam is for GPUs alone, but all of its kernels have the two counts.
+    with mock.patch.object(fused, "_ADAM", (EmbOptimType.EXACT_ROWWISE_ADAGRAD,)):
+        optimizer = joined(dmp)
+    ((_, kernel),) = fused._kernels(dmp.module)
+    kernel.emb_module.iter_cpu.fill_(9)  # as after nine steps
+    state = optimizer.state_dict()
+    state["state"][TABLE]["item.iter"] = torch.full((1,), step)
+    optimizer.load_state_dict(state)
+    return int(kernel.emb_module.iter), int(kernel.emb_module.iter_cpu)
+
+
+def test_adam_of_fbgemm_goes_on_from_the_step_that_is_loaded():
+    assert run_on_ranks(1, counts_after_loading, 5) == [(5, 5)]
 
 
 def effect_of_the_schedule(sharding, optimizer_name):

@@ -55,6 +55,12 @@ def each_user(tower):
     return [(user, own, [length], target) for user, own, length, target in parts]
 
 
+def test_more_rows_than_a_kernel_takes_are_attended_in_parts(tower, monkeypatch):
+    expected = logits(tower, *everyone(tower))
+    monkeypatch.setattr("muonrec.towers.attention._MOST_ROWS", 3)
+    torch.testing.assert_close(logits(tower, *everyone(tower)), expected, rtol=1e-12, atol=1e-12)  # float64 rounding
+
+
 def test_packed_users_equal_each_user_alone_and_so_do_their_gradients(tower):
     together = logits(tower, *everyone(tower))
     together.square().sum().backward()

@@ -55,6 +55,14 @@ def test_a_batch_of_no_events_passes_and_reaches_every_parameter():
     assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
 
 
+def test_the_recurrence_keeps_its_dtype_under_autocast():
+    x_TD, lengths_B, groups = packed()
+    model = tower().float()  # with no layer after the recurrence
+    expected = model(x_TD.float(), lengths_B, groups)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(model(x_TD.float(), lengths_B, groups), expected)
+
+
 def test_dropout_falls_on_events_between_layers_and_on_the_last_states():
     x_TD, lengths_B, groups = packed()
     model = tower(dropout=0.5)
