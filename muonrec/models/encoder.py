@@ -41,7 +41,9 @@ class ShardedEncoder:
             keys=[HISTORY, TARGETS, CANDIDATES], values=item_ids_C.to(self.device), lengths=lengths, stride=1
         )
         model: Any = self.model.module
-        return model.scored(model.embeddings(features)[CANDIDATES].values()).float()
+        rows_CD = model.embeddings(features)[CANDIDATES].values()
+        # In float64, so that an item has one norm: a GPU adds up few rows in another order than many.
+        return model.scored(rows_CD.double()).float()
 
 
 def scorer_of(model: DistributedModelParallel, *, num_items: int, device: torch.device) -> Any:
