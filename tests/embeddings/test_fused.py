@@ -13,6 +13,7 @@ from muonrec.data.loader import make_batch
 from muonrec.embeddings import fused
 from muonrec.embeddings.joined import _adamw, explain
 from muonrec.models import ShardedEncoder
+from tests.devices import DEVICES
 from tests.distributed.ranks import run_on_ranks
 from tests.embeddings.test_sharding import batches_of, joined, sharded, whole
 
@@ -32,8 +33,9 @@ def one_step(dmp, optimizer, step=0, kind="full_softmax"):
 
 
 @pytest.mark.parametrize("settings", [{}, {"amsgrad": True}, {"fused": True}, {"foreach": True}], ids=str)
-def test_adamw_with_its_state_from_the_start_steps_as_torchs(settings):
-    start, *gradients = torch.randn(4, 5, 3, generator=torch.Generator().manual_seed(0))
+@pytest.mark.parametrize("device", DEVICES)
+def test_adamw_with_its_state_from_the_start_steps_as_torchs(settings, device):
+    start, *gradients = torch.randn(4, 5, 3, generator=torch.Generator().manual_seed(0)).to(device)
     mine, theirs = (torch.nn.Parameter(start.clone()) for _ in range(2))
     optimizers = _adamw([("weight", mine)], lr=0.1, **settings), torch.optim.AdamW([theirs], lr=0.1, **settings)
     for gradient in gradients:

@@ -6,6 +6,7 @@ from torch import nn
 
 from muonrec.optim import format_routing, param_groups
 from muonrec.towers.gru import GRUTower
+from tests.devices import DEVICES
 from tests.towers.test_transformer import LENGTHS, D, packed
 
 
@@ -55,12 +56,14 @@ def test_a_batch_of_no_events_passes_and_reaches_every_parameter():
     assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
 
 
-def test_the_recurrence_keeps_its_dtype_under_autocast():
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_recurrence_keeps_its_dtype_under_autocast(device):
     x_TD, lengths_B, groups = packed()
-    model = tower().float()  # with no layer after the recurrence
-    expected = model(x_TD.float(), lengths_B, groups)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(model(x_TD.float(), lengths_B, groups), expected)
+    x_TD, lengths_B = x_TD.float().to(device), lengths_B.to(device)
+    model = tower().float().to(device)  # with no layer after the recurrence
+    expected = model(x_TD, lengths_B, groups)
+    with torch.autocast(device, torch.bfloat16):
+        assert torch.equal(model(x_TD, lengths_B, groups), expected)
 
 
 def test_dropout_falls_on_events_between_layers_and_on_the_last_states():
