@@ -37,8 +37,9 @@ def join_ranks() -> Iterator[Ranks]:
     """Join the process group described by torchrun's environment, or be the only rank without it.
 
     gloo on a CPU, NCCL on CUDA (gloo beside it for CPU tensors). A collective that waits longer than `TIMEOUT`
-    fails instead of blocking. The group is destroyed on leaving the block. Under torchrun on Linux a rank dies with its
-    launcher.
+    fails instead of blocking. The group is destroyed on leaving the block, unless several ranks leave it by an error:
+    NCCL would wait for what others have begun, who wait for this rank, until it has ended. Under torchrun on Linux a
+    rank dies with its launcher.
 
     float32 means float32 on CUDA, too: cuDNN would round what it multiplies to TF32.
 
@@ -69,7 +70,11 @@ def join_ranks() -> Iterator[Ranks]:
         dist.all_reduce(torch.zeros(1))
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=TIMEOUT)
+    ranks = Ranks(dist.get_rank(), dist.get_world_size(), device)
     try:
-        yield Ranks(dist.get_rank(), dist.get_world_size(), device)
-    finally:
-        dist.destroy_process_group()
+        yield ranks
+    except BaseException:
+        if ranks.num_ranks == 1:
+            dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()

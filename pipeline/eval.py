@@ -114,9 +114,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("run", help="output folder of the train stage")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings, see below")
     options = parser.parse_args(arguments)
-    with join_ranks() as ranks:
-        configure_logging(is_first=ranks.is_first)
-        return run_stage(lambda: evaluate(load_eval_config(options.run, options.overrides), ranks))
+
+    def evaluate_on_ranks() -> None:
+        with join_ranks() as ranks:
+            configure_logging(is_first=ranks.is_first)
+            evaluate(load_eval_config(options.run, options.overrides), ranks)
+
+    return run_stage(evaluate_on_ranks)
 
 
 def evaluate(config: EvalConfig, ranks: Ranks) -> dict[str, Any] | None:

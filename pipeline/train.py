@@ -220,9 +220,13 @@ def main() -> int:
     if arguments.plan is not None:
         configure_logging()
         return run_stage(lambda: plan(arguments))
-    with join_ranks() as ranks:
-        configure_logging(is_first=ranks.is_first)
-        return run_stage(lambda: train(load_config(TrainConfig, arguments.config, arguments.overrides), ranks))
+
+    def train_on_ranks() -> None:
+        with join_ranks() as ranks:
+            configure_logging(is_first=ranks.is_first)
+            train(load_config(TrainConfig, arguments.config, arguments.overrides), ranks)
+
+    return run_stage(train_on_ranks)
 
 
 def plan(arguments: argparse.Namespace) -> None:

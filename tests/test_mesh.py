@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from muonrec.mesh import join_ranks
 
@@ -12,3 +13,19 @@ def test_a_rank_without_a_gpu_of_its_own_is_told_so(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
     with pytest.raises(ValueError, match="local rank 1 has no GPU of its own, since this machine shows 1; start as"):
         join_ranks().__enter__()
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_a_group_outlives_an_error_of_one_of_several_ranks(monkeypatch, num_ranks):
+    monkeypatch.setattr(dist, "get_world_size", lambda *_: num_ranks)
+    with pytest.raises(ValueError, match="of this rank"), join_ranks():
+        raise ValueError("of this rank")
+    assert dist.is_initialized() == (num_ranks > 1)
+    if num_ranks > 1:
+        dist.destroy_process_group()
+
+
+def test_a_group_ends_with_its_ranks_work():
+    with join_ranks() as ranks:
+        assert (ranks.num_ranks, dist.is_initialized()) == (1, True)
+    assert not dist.is_initialized()
