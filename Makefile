@@ -13,7 +13,7 @@ $(error ACCELERATOR=$(ACCELERATOR) is not known; use ACCELERATOR=cpu or ACCELERA
 endif
 
 # Each rank has a GPU of its own. Two ranks on two cores: without OMP_NUM_THREADS every rank starts a thread per core.
-NUM_RANKS ?= $(if $(filter cuda,$(ACCELERATOR)),$(shell test "$$(nvidia-smi -L | wc -l)" = 1 && echo 1 || echo 2),2)
+NUM_RANKS ?= $(if $(filter cuda,$(ACCELERATOR)),$(shell $(VENV)/bin/python -c 'import torch; print(min(2, torch.cuda.device_count()) or 1)'),2)
 TORCHRUN = $(RUN) OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node $(NUM_RANKS) -m
 
 CONSTRAINTS = requirements/constraints-$(ACCELERATOR).txt
@@ -61,7 +61,7 @@ install-cuda:
 doctor: $(STAMP)  ## say what is installed, what this machine can train, and what to mend
 	$(VENV)/bin/python -m muonrec doctor
 
-demo: $(STAMP)  ## data -> train with Muon and with AdamW on two ranks -> eval -> report, a few minutes on a CPU
+demo: $(STAMP)  ## data -> train with Muon and with AdamW on two ranks (one GPU: one) -> eval -> report, a few minutes on a CPU
 	$(RUN) python -m pipeline.data configs/demo/sasrec.yaml
 	$(TORCHRUN) pipeline.train configs/demo/sasrec.yaml output=out/demo/muon
 	$(TORCHRUN) pipeline.train configs/demo/sasrec.yaml output=out/demo/adamw \

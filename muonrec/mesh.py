@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import dataclasses
 import datetime
@@ -38,8 +39,9 @@ def join_ranks() -> Iterator[Ranks]:
 
     gloo on a CPU, NCCL on CUDA (gloo beside it for CPU tensors). A collective that waits longer than `TIMEOUT`
     fails instead of blocking. The group is destroyed on leaving the block, unless several ranks leave it by an error:
-    NCCL would wait for what others have begun, who wait for this rank, until it has ended. Under torchrun on Linux a
-    rank dies with its launcher.
+    gloo's then ends with the process, since one rank is still to say for all what went wrong; NCCL's is left, since it
+    would wait for what others have begun, who wait for this rank. Under torchrun on Linux a rank dies with its
+    launcher.
 
     float32 means float32 on CUDA, too: cuDNN would round what it multiplies to TF32.
 
@@ -48,6 +50,7 @@ def join_ranks() -> Iterator[Ranks]:
 
     Raises:
         ValueError: this machine has fewer GPUs than ranks.
+        ConnectionError: the ranks could not meet.
     """
     if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
         # A rank that outlives a killed torchrun would go on writing to a run that has been started again elsewhere.
@@ -65,7 +68,14 @@ def join_ranks() -> Iterator[Ranks]:
         torch.backends.cudnn.allow_tf32 = False
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=TIMEOUT)
+        try:
+            dist.init_process_group(backend, timeout=TIMEOUT)
+        except dist.DistError as error:
+            place = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
+            raise ConnectionError(
+                f"rank {os.environ['RANK']} could not meet the others at {place}: {error}; see whether all have "
+                "started, and whether this address is free and can be reached"
+            ) from None
         # A rank that ends at once would break the connection of one that still joins, whose error would hide the cause.
         dist.all_reduce(torch.zeros(1))
     else:
@@ -73,8 +83,15 @@ def join_ranks() -> Iterator[Ranks]:
     ranks = Ranks(dist.get_rank(), dist.get_world_size(), device)
     try:
         yield ranks
-    except BaseException:
-        if ranks.num_ranks == 1:
+    except BaseException as error:
+        if ranks.num_ranks == 1 or isinstance(error, SystemExit):  # by which all ranks stop alike
             dist.destroy_process_group()
+        elif not cuda:
+            atexit.register(_end_group)
         raise
     dist.destroy_process_group()
+
+
+def _end_group() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -114,6 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("run", help="output folder of the train stage")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings, see below")
     options = parser.parse_args(arguments)
+    configure_logging()
 
     def evaluate_on_ranks() -> None:
         with join_ranks() as ranks:

@@ -217,8 +217,8 @@ def main() -> int:
     )
     parser.add_argument("--rows", action="append", default=[], metavar="TABLE=COUNT", help="with --plan: table sizes")
     arguments = parser.parse_intermixed_args()  # parse_args refuses key=value after an option
+    configure_logging()
     if arguments.plan is not None:
-        configure_logging()
         return run_stage(lambda: plan(arguments))
 
     def train_on_ranks() -> None:

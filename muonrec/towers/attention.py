@@ -68,7 +68,7 @@ class Attention(nn.Module):
             parts = zip(*(heads.split(_MOST_ROWS) for heads in (q_BNQH, k_BNSH, v_BNSH)), strict=True)
             masks = itertools.repeat(None)
             if visible is not None:
-                masks = visible.expand(len(q_BNQH), -1, -1, -1).split(_MOST_ROWS)
+                masks = visible.expand(torch.broadcast_shapes(visible.shape, (len(q_BNQH), 1, 1, 1))).split(_MOST_ROWS)
             return torch.cat([self.attend(*part, causal=causal, visible=mask) for part, mask in zip(parts, masks)])
         attended_BNQH = F.scaled_dot_product_attention(
             q_BNQH,
