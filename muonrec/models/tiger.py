@@ -25,17 +25,19 @@ class TigerConfig(Config):
 
     ``samples``: the paper reads every prefix of a user's events anew, by an encoder that looks both ways; ``users``
     reads all of them once, by a causal encoder, and predicts each from those before it, at a fraction of the work.
+    ``attention_dropout``: None for ``dropout``; 0 has torch's fused attention on a CPU, a step in a third of the time.
     ``num_user_tokens``: users share so many. ``num_beams``: items of a generated list, unless the stage says.
     """
 
     name: Literal["tiger"] = "tiger"
-    embedding_dim: int = 128
-    num_layers: int = 4
-    num_heads: int = 6
-    head_dim: int | None = 64
-    feedforward_dim: int = 1024
-    dropout: float = 0.1
-    max_length: int = 20
+    embedding_dim: int = Field(default=128, ge=1)
+    num_layers: int = Field(default=4, ge=1)
+    num_heads: int = Field(default=6, ge=1)
+    head_dim: int | None = Field(default=64, ge=1)
+    feedforward_dim: int = Field(default=1024, ge=1)
+    dropout: float = Field(default=0.1, ge=0, lt=1)
+    attention_dropout: float | None = Field(default=None, ge=0, lt=1)
+    max_length: int = Field(default=20, ge=1)
     samples: Samples = "prefixes"
     num_user_tokens: int = Field(default=2000, ge=1)
     num_beams: int = Field(default=50, ge=10)  # validation counts ten places
@@ -69,6 +71,7 @@ class Tiger(nn.Module):
             head_dim=config.head_dim,
             feedforward_dim=config.feedforward_dim,
             dropout=config.dropout,
+            attention_dropout=config.attention_dropout,
             max_length=config.max_length,
             causal=config.samples == "users",
         )

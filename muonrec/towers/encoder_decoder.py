@@ -84,6 +84,7 @@ class EncoderDecoderTower(nn.Module):
         head_dim: their width; None for D / N.
         feedforward_dim: width of the feed-forward layers.
         dropout: of the embedded tokens, of attention and of each residual branch.
+        attention_dropout: of attention, in its place.
         max_length: events of a history.
         causal: see above; events are counted from the oldest then, and else from the latest, which is 0.
     """
@@ -98,10 +99,12 @@ class EncoderDecoderTower(nn.Module):
         head_dim: int | None,
         feedforward_dim: int,
         dropout: float,
+        attention_dropout: float | None = None,
         max_length: int,
         causal: bool,
     ) -> None:
         super().__init__()
+        attention_dropout = dropout if attention_dropout is None else attention_dropout
         self.causal = causal
         self.codebook_sizes = tuple(codebook_sizes)
         self.position = nn.Embedding(max_length, embedding_dim)
@@ -110,13 +113,21 @@ class EncoderDecoderTower(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.encoder = nn.ModuleList(
             TransformerBlock(
-                embedding_dim, num_heads, feedforward_dim, dropout, "pre", causal=causal, head_dim=head_dim
+                embedding_dim,
+                num_heads,
+                feedforward_dim,
+                dropout,
+                "pre",
+                attention_dropout=attention_dropout,
+                causal=causal,
+                head_dim=head_dim,
             )
             for _ in range(num_layers)
         )
         self.encoder_norm = nn.LayerNorm(embedding_dim)
         self.decoder = nn.ModuleList(
-            DecoderBlock(embedding_dim, num_heads, head_dim, feedforward_dim, dropout) for _ in range(num_layers)
+            DecoderBlock(embedding_dim, num_heads, head_dim, feedforward_dim, dropout, attention_dropout)
+            for _ in range(num_layers)
         )
         self.decoder_norm = nn.LayerNorm(embedding_dim)
         self.head = nn.Linear(embedding_dim, sum(self.codebook_sizes), bias=False)
@@ -238,13 +249,19 @@ class DecoderBlock(nn.Module):
     """Attention to the codes so far and to the user's tokens, and a feed-forward layer; pre-norm residual branches."""
 
     def __init__(
-        self, embedding_dim: int, num_heads: int, head_dim: int | None, feedforward_dim: int, dropout: float
+        self,
+        embedding_dim: int,
+        num_heads: int,
+        head_dim: int | None,
+        feedforward_dim: int,
+        dropout: float,
+        attention_dropout: float,
     ) -> None:
         super().__init__()
         self.self_norm = nn.LayerNorm(embedding_dim)
-        self.self_attention = Attention(embedding_dim, num_heads, dropout, head_dim=head_dim)
+        self.self_attention = Attention(embedding_dim, num_heads, attention_dropout, head_dim=head_dim)
         self.cross_norm = nn.LayerNorm(embedding_dim)
-        self.cross_attention = Attention(embedding_dim, num_heads, dropout, head_dim=head_dim)
+        self.cross_attention = Attention(embedding_dim, num_heads, attention_dropout, head_dim=head_dim)
         self.feedforward_norm = nn.LayerNorm(embedding_dim)
         self.feedforward = feedforward(embedding_dim, feedforward_dim, dropout)
         self.dropout = nn.Dropout(dropout)

@@ -80,13 +80,15 @@ class TransformerBlock(nn.Module):
         dropout: float,
         norm: Norm,
         *,
+        attention_dropout: float | None = None,
         causal: bool = True,
         head_dim: int | None = None,
     ) -> None:
         super().__init__()
         self.pre = norm == "pre"
         self.attention_norm = nn.LayerNorm(embedding_dim)
-        self.attention = SelfAttention(embedding_dim, num_heads, dropout, causal=causal, head_dim=head_dim)
+        attention_dropout = dropout if attention_dropout is None else attention_dropout
+        self.attention = SelfAttention(embedding_dim, num_heads, attention_dropout, causal=causal, head_dim=head_dim)
         self.feedforward_norm = nn.LayerNorm(embedding_dim)
         self.feedforward = feedforward(embedding_dim, feedforward_dim, dropout)
         self.dropout = nn.Dropout(dropout)

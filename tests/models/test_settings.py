@@ -6,7 +6,7 @@ from muonrec.config import parse_config
 from muonrec.models import MODELS
 
 
-@pytest.mark.parametrize("name", ["sasrec", "gru4rec", "caser", "hstu"])
+@pytest.mark.parametrize("name", ["sasrec", "gru4rec", "caser", "hstu", "tiger"])
 def test_widths_counts_and_shares_out_of_range_are_refused(name):
     config_class = MODELS[name].config_class
     for setting, field in config_class.model_fields.items():

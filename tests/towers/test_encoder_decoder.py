@@ -5,8 +5,10 @@
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from muonrec.data.loader import length_groups
+from muonrec.towers.attention import Attention
 from muonrec.towers.encoder_decoder import EncoderDecoderTower
 
 D, SIZES, LENGTHS = 8, (5, 4, 6), [11, 5, 5, 1]
@@ -53,6 +55,17 @@ def each_user(tower):
     counts = [length * L if tower.causal else L for length in lengths]
     parts = zip(users.split(1), events.split([length * L for length in lengths]), lengths, targets.split(counts))
     return [(user, own, [length], target) for user, own, length, target in parts]
+
+
+def test_attention_has_a_dropout_of_its_own_or_that_of_the_tower():
+    def dropouts(**settings):
+        sizes = {"embedding_dim": D, "codebook_sizes": SIZES, "num_layers": 2, "num_heads": 2, "head_dim": 3}
+        tower = EncoderDecoderTower(**sizes, feedforward_dim=16, dropout=0.3, max_length=12, causal=True, **settings)
+        attentions = [layer.dropout for layer in tower.modules() if isinstance(layer, Attention)]
+        return {*attentions}, {layer.p for layer in tower.modules() if isinstance(layer, nn.Dropout)}
+
+    assert dropouts() == ({0.3}, {0.3})
+    assert dropouts(attention_dropout=0.0) == ({0.0}, {0.3})
 
 
 def test_more_rows_than_a_kernel_takes_are_attended_in_parts(tower, monkeypatch):
