@@ -44,8 +44,12 @@ class Look:
 
 
 def looks(design: Design) -> dict[str, Look]:
-    """The control first, then the others in their order."""
-    names = [design.control, *(arm.name for arm in design.arms if arm.name != design.control)]
+    """By place: the control, the arms that differ in the dense optimizer alone, and the others.
+
+    So Muon looks the same in a comparison that has one-rate and in one that does not.
+    """
+    others = [arm for arm in design.arms if arm.name != design.control]
+    names = [design.control, *(arm.name for arm in sorted(others, key=lambda arm: bool(arm.also_differs)))]
     found = {}
     for place, name in enumerate(names):
         turn, index = divmod(place, len(COLOURS))

@@ -169,6 +169,12 @@ def test_every_arm_has_a_look_of_its_own():
     assert found["control"].dash == "-" != found["16"].dash
 
 
+def test_muon_looks_the_same_with_and_without_an_arm_that_differs_in_more():
+    arms = (Arm("one-rate", also_differs=("tables.*.optimizer",)), Arm("control"), Arm("muon"))
+    with_it, without = (looks(Design("d", which, "control")) for which in (arms, arms[1:]))
+    assert {name: with_it[name] for name in without} == without
+
+
 def test_one_rate_for_all_appears_in_the_panel_of_each(whole):
     panels = rate_panels(made_up_design())
     assert list(panels) == ["dense", "rest", "tables"]
