@@ -170,21 +170,22 @@ def _draw_savings(comparison: Comparison, answer: Answer) -> Any:
 # Curves ---------------------------------------------------------------------------------------------------------------
 
 
-def common_curves(runs: Sequence[RunResult], *, against: str) -> tuple[np.ndarray, np.ndarray]:
-    """Validation curves at common places, up to where the shortest ends, linear in between.
+def common_curves(runs: Sequence[RunResult]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Validation curves at common steps, up to where the shortest ends, linear in between.
 
     Args:
         runs: with at least one validation each.
-        against: ``curve_step`` or ``curve_seconds``.
 
     Returns:
-        float64 ``[G]`` places and ``[S, G]`` values.
+        float64 ``[G]`` steps, ``[G]`` seconds of training until then (means over the runs) and ``[S, G]`` values.
     """
-    xs = [np.asarray(getattr(run, against), dtype=np.float64) for run in runs]
-    start, end = max(x[0] for x in xs), min(x[-1] for x in xs)
-    longest = max(xs, key=len)
-    places_G = np.unique(np.clip(longest, start, end)) if end >= start else longest[:1]
-    return places_G, np.stack([np.interp(places_G, x, run.curve_value) for x, run in zip(xs, runs, strict=True)])
+    steps = [np.asarray(run.curve_step, dtype=np.float64) for run in runs]
+    start, end = max(step[0] for step in steps), min(step[-1] for step in steps)
+    longest = max(steps, key=len)
+    steps_G = np.unique(np.clip(longest, start, end)) if end >= start else longest[:1]
+    seconds_SG = [np.interp(steps_G, step, run.curve_seconds) for step, run in zip(steps, runs, strict=True)]
+    values_SG = [np.interp(steps_G, step, run.curve_value) for step, run in zip(steps, runs, strict=True)]
+    return steps_G, np.mean(seconds_SG, 0), np.stack(values_SG)
 
 
 def target_value(comparison: Comparison, budget: float) -> float | None:
@@ -203,19 +204,21 @@ def _draw_validation(comparison: Comparison, answer: Answer) -> Any:
     handles = {}
     for row, budget in zip(axes, budgets, strict=True):
         ends, early = [], []
-        for axis, against in zip(row, ("curve_step", "curve_seconds"), strict=True):
-            for arm in comparison.arms:
-                runs = _curves(comparison, arm, budget)
-                if not runs:
-                    continue
-                look = looks(comparison.design)[arm]
-                x_G, y_SG = common_curves(runs, against=against)
-                axis.fill_between(x_G, y_SG.min(0), y_SG.max(0), color=look.colour, alpha=0.2, linewidth=0)
-                axis.plot(x_G, y_SG.mean(0), look.dash, color=look.colour)
-                handles[arm] = axis.plot([], [], look.dash, color=look.colour, marker=look.marker, ms=7, mec="white")[0]
-                ends += [y_SG.min(0)[-1], y_SG.max(), y_SG.min()]
-                early.append(float(np.interp(0.2 * x_G[-1], x_G, y_SG.mean(0))))
-            axis.xaxis.set_major_locator(max_ticks(6, whole=against == "curve_step"))
+        for arm in comparison.arms:
+            runs = _curves(comparison, arm, budget)
+            if not runs:
+                continue
+            look = looks(comparison.design)[arm]
+            steps_G, seconds_G, values_SG = common_curves(runs)
+            mean_G = values_SG.mean(0)
+            for axis, x_G in zip(row, (steps_G, seconds_G), strict=True):
+                axis.fill_between(x_G, values_SG.min(0), values_SG.max(0), color=look.colour, alpha=0.2, linewidth=0)
+                axis.plot(x_G, mean_G, look.dash, color=look.colour)
+                early.append(float(np.interp(0.2 * x_G[-1], x_G, mean_G)))
+            handles[arm] = row[0].plot([], [], look.dash, color=look.colour, marker=look.marker, ms=7, mec="white")[0]
+            ends += [values_SG.min(0)[-1], values_SG.max(), values_SG.min()]
+        for axis in row:
+            axis.xaxis.set_major_locator(max_ticks(6, whole=axis is row[0]))
             axis.xaxis.set_major_formatter(_in_thousands)
         _target_lines(row, comparison, answer, budget)
         for axis in row:

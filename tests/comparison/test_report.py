@@ -184,10 +184,21 @@ def test_one_rate_for_all_appears_in_the_panel_of_each(whole):
 
 
 def test_curves_meet_where_all_seeds_have_one():
-    long = RunResult("a", "a", "final", 1.0, 1, None, {}, curve_step=(10, 20, 30), curve_value=(1.0, 2.0, 3.0))
-    short = RunResult("b", "a", "final", 1.0, 2, None, {}, curve_step=(5, 25), curve_value=(0.0, 4.0))
-    places, values = common_curves([long, short], against="curve_step")
-    np.testing.assert_array_equal(places, [10, 20, 25])
+    long = RunResult(
+        *("a", "a", "final", 1.0, 1, None, {}),
+        curve_step=(10, 20, 30),
+        curve_seconds=(1.0, 2.0, 3.0),
+        curve_value=(1.0, 2.0, 3.0),
+    )
+    short = RunResult(
+        *("b", "a", "final", 1.0, 2, None, {}),
+        curve_step=(5, 25),
+        curve_seconds=(1.0, 5.0),
+        curve_value=(0.0, 4.0),
+    )
+    steps, seconds, values = common_curves([long, short])
+    np.testing.assert_array_equal(steps, [10, 20, 25])
+    np.testing.assert_allclose(seconds, [1.5, 3, 3.75])
     np.testing.assert_allclose(values, [[1, 2, 2.5], [1, 3, 4]])
 
 
