@@ -385,6 +385,9 @@ def _spaced(ticks: Sequence[float]) -> list[str]:
 # Parts of the targets -------------------------------------------------------------------------------------------------
 
 
+_MOST_GAIN = 1.0  # relative; where the control finds next to nothing the gain of the others knows no bounds
+
+
 def _draw_groups(comparison: Comparison, answer: Answer, budget: float) -> Any:
     """Above the metric in each part of the test targets, below what it is to the control's there."""
     arms = answer.arms[budget]
@@ -412,8 +415,14 @@ def _draw_groups(comparison: Comparison, answer: Answer, budget: float) -> Any:
                     if interval is None:
                         continue
                     x = labels.index(group.label) + shift
-                    axis.plot([x, x], [interval.low, interval.high], color=look.colour, linewidth=1.6)
-                    handles[name] = axis.plot([x], [interval.mean], look.marker, color=look.colour, markersize=6)[0]
+                    ends, marker = [interval.low, interval.high], look.marker
+                    if panel == 1 and max(ends) > _MOST_GAIN:
+                        ends, marker = np.clip(ends, -1, _MOST_GAIN), "^" if interval.mean > _MOST_GAIN else marker
+                    axis.plot([x, x], ends, color=look.colour, linewidth=1.6)
+                    mean = min(interval.mean, _MOST_GAIN) if panel == 1 else interval.mean
+                    drawn = axis.plot([x], [mean], marker, color=look.colour, markersize=6, clip_on=False)[0]
+                    if panel == 0:
+                        handles[name] = drawn
             axis.grid(visible=False, axis="x")
             axis.set_xlim(-0.6, len(labels) - 0.4)
             if panel == 1:
@@ -424,6 +433,7 @@ def _draw_groups(comparison: Comparison, answer: Answer, budget: float) -> Any:
     axes[0][0].set_ylabel(f"test {pretty(answer.metric)}, ± sd")
     if others:
         axes[1][0].set_ylabel(f"to {short_name(answer.control)}, 95 % interval")
+        axes[1][0].set_ylim(top=min(axes[1][0].get_ylim()[1], _MOST_GAIN))
     figure.legend(
         [handles[name] for name in arms if name in handles],
         [short_name(name) for name in arms if name in handles],
