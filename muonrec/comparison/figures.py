@@ -415,12 +415,11 @@ def _draw_groups(comparison: Comparison, answer: Answer, budget: float) -> Any:
                     if interval is None:
                         continue
                     x = labels.index(group.label) + shift
-                    ends, marker = [interval.low, interval.high], look.marker
-                    if panel == 1 and max(ends) > _MOST_GAIN:
-                        ends, marker = np.clip(ends, -1, _MOST_GAIN), "^" if interval.mean > _MOST_GAIN else marker
-                    axis.plot([x, x], ends, color=look.colour, linewidth=1.6)
-                    mean = min(interval.mean, _MOST_GAIN) if panel == 1 else interval.mean
-                    drawn = axis.plot([x], [mean], marker, color=look.colour, markersize=6, clip_on=False)[0]
+                    most = _MOST_GAIN if panel == 1 else math.inf
+                    marker = look.marker if interval.mean <= most else "^"
+                    axis.plot([x, x], [interval.low, min(interval.high, most)], color=look.colour, linewidth=1.6)
+                    at = ([x], [min(interval.mean, most)])
+                    drawn = axis.plot(*at, marker, color=look.colour, markersize=6, clip_on=False)[0]
                     if panel == 0:
                         handles[name] = drawn
             axis.grid(visible=False, axis="x")
