@@ -416,12 +416,11 @@ def _draw_groups(comparison: Comparison, answer: Answer, budget: float) -> Any:
                         continue
                     x = labels.index(group.label) + shift
                     most = _MOST_GAIN if panel == 1 else math.inf
-                    marker = look.marker if interval.mean <= most else "^"
-                    axis.plot([x, x], [interval.low, min(interval.high, most)], color=look.colour, linewidth=1.6)
-                    at = ([x], [min(interval.mean, most)])
-                    drawn = axis.plot(*at, marker, color=look.colour, markersize=6, clip_on=False)[0]
-                    if panel == 0:
-                        handles[name] = drawn
+                    low, mean, high = (min(end, most) for end in (interval.low, interval.mean, interval.high))
+                    marker = look.marker if mean == interval.mean else "^"  # beyond the edge
+                    axis.plot([x, x], [low, high], color=look.colour, linewidth=1.6)
+                    axis.plot([x], [mean], marker, color=look.colour, markersize=6, clip_on=False)
+                    handles[name] = axis.plot([], [], look.marker, color=look.colour, markersize=6)[0]
             axis.grid(visible=False, axis="x")
             axis.set_xlim(-0.6, len(labels) - 0.4)
             if panel == 1:

@@ -1,6 +1,7 @@
 """The reports of made-up comparisons: whole, with parts missing, and over several."""
 
 import dataclasses
+import math
 
 import numpy as np
 import pytest
@@ -8,10 +9,11 @@ import pytest
 from muonrec.comparison.aggregate import aggregated
 from muonrec.comparison.aggregate_report import write_aggregate_report
 from muonrec.comparison.answer import answer
-from muonrec.comparison.figures import common_curves, looks, rate_panels, target_value
+from muonrec.comparison.figures import _draw_groups, common_curves, looks, rate_panels, target_value
 from muonrec.comparison.report import _fingerprints, write_comparison_report
 from muonrec.comparison.results import Arm, Comparison, Design, RunResult
 from muonrec.comparison.verdict import shown
+from muonrec.metrics import Interval
 from pipeline.compare import print_answer
 from tests.comparison.made_up import made_up_comparison, made_up_design
 from tests.test_report import text_of
@@ -200,6 +202,19 @@ def test_curves_meet_where_all_seeds_have_one():
     np.testing.assert_array_equal(steps, [10, 20, 25])
     np.testing.assert_allclose(seconds, [1.5, 3, 3.75])
     np.testing.assert_allclose(values, [[1, 2, 2.5], [1, 3, 4]])
+
+
+def test_a_gain_over_next_to_nothing_is_drawn_at_the_edge(whole):
+    comparison, found = whole
+    arms = found.arms[1.0]
+    first, *others = arms[HOSTILE].groups["popularity"]
+    metric = dataclasses.replace(first.metric, difference=Interval(2.6, -1.0, math.inf))
+    groups = {**arms[HOSTILE].groups, "popularity": [dataclasses.replace(first, metric=metric), *others]}
+    arms = {**arms, HOSTILE: dataclasses.replace(arms[HOSTILE], groups=groups)}
+    relative = _draw_groups(comparison, dataclasses.replace(found, arms={1.0: arms}), 1.0).axes[2]
+    assert relative.get_ylim()[1] == 1.0
+    drawn = [(line.get_marker(), list(line.get_ydata())) for line in relative.lines]
+    assert ("^", [1.0]) in drawn and ("None", [-1.0, 1.0]) in drawn
 
 
 def test_runs_that_started_unlike_are_named(whole):
