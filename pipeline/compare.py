@@ -177,6 +177,10 @@ of each arm are run with the other tuning_seeds, and their mean decides; where t
 extended for every arm. All on validation alone. Then the seeds run at the rates found, and are ranked on the test
 items. Arms start from the same weights, see the same batches and differ in nothing that the config does not name.
 
+Two arms at one budget take 40 to 60 runs by default; fewer trials, leaders, tuning_seeds and seeds cost less, and
+show less. Intervals are of a paired bootstrap over users and of Student's t over seeds, their errors added in
+squares; they are not corrected for the number of arms, budgets and metrics.
+
 The runs are a queue on disk. The same command again goes on where it stopped, here or, with results.parquet, on
 another machine; a finished run is not repeated unless its settings or the sources that training reads have changed, so
 adding an arm, a seed or a budget runs just those.
@@ -224,7 +228,16 @@ def _settings_help() -> str:
     arms = {name: arm.model_dump(mode="json") for name, arm in _default_arms().items()}
     text = yaml.safe_dump(arms, sort_keys=False, default_flow_style=None, width=110)
     others = describe(CompareConfig, leave_out=("arms",))
-    return f"{others}\n  arms, which a config replaces as a whole:\n{textwrap.indent(text, 4 * ' ')}"
+    return (
+        f"{others}\n  arms, which a config replaces as a whole:\n{textwrap.indent(text, 4 * ' ')}\n"
+        f"what they mean:\n{_meanings(CompareConfig)}\n\nand of an arm:\n{_meanings(ArmConfig)}\n"
+    )
+
+
+def _meanings(cls: type[Config]) -> str:
+    """What the docstring of ``cls`` says of its settings."""
+    told = textwrap.dedent((cls.__doc__ or "").partition("Attributes:\n")[2]).rstrip()
+    return textwrap.indent(told.replace("``", ""), 2 * " ")
 
 
 def compare(config: CompareConfig, python: Sequence[str] = (sys.executable, "-m")) -> Comparison:
@@ -281,9 +294,11 @@ def aggregate(folders: Sequence[str], *, to: str | Path) -> None:
     found = aggregated(comparisons)
     if rows := total_cells(found):
         if Console().width < _WIDE:  # the report has the rest
-            rows = [{key: cell for key, cell in row.items() if not key.startswith("never")} for row in rows]
+            rows = [{key: row[key] for key in row if key != "runs" and not key.startswith("never")} for row in rows]
         title = f"means over {len(folders)} comparison{'s' * (len(folders) > 1)}, at the largest budget"
-        table = Table(*rows[0], title=title, title_justify="left")
+        table = Table(title=title, title_justify="left")
+        for heading in rows[0]:
+            table.add_column(heading, min_width=max(map(len, heading.split())))
         for cells in rows:
             table.add_row(*cells.values())
         Console().print(table)

@@ -30,6 +30,7 @@ class ArmAggregate:
             better, whichever way the metric goes.
         steps_saved: mean of ``1 - arm / control`` of the steps to each of `LEVELS`, as in `Target`.
         num_censored: runs that never reach each of `LEVELS`: where there are any, the mean is an upper bound.
+        own_best_saved: the same mean of the steps to each run's own best validation, as papers count them.
         by_chance: what ``steps_saved`` would be of arms that are as good as their controls, see `Chance`: mean over the
             comparisons that know it, NaN where none does.
     """
@@ -40,6 +41,7 @@ class ArmAggregate:
     better: Interval | None
     steps_saved: tuple[Interval | None, ...]
     num_censored: tuple[int, ...]
+    own_best_saved: Interval | None
     by_chance: tuple[float, ...]
 
 
@@ -147,6 +149,7 @@ def _mean(arm: str, members: Sequence[tuple[Comparison, ArmAnswer]], controls: S
         better(_mean_of(differences), higher_is_better=design.higher_is_better),
         tuple(_mean_of([target.steps_saved for target in own]) for own in targets),
         tuple(sum(target.num_censored for target in own) for own in targets),
+        _mean_of([own.steps_to_own_best_saved for _, own in members]),
         tuple(_mean_by_chance(controls, level) for level in LEVELS),
     )
 

@@ -9,16 +9,16 @@ from typing import Any
 
 from muonrec.comparison.aggregate import Aggregate, ArmAggregate, Found, at_largest_budget, better, difference_of
 from muonrec.comparison.answer import LEVELS
-from muonrec.comparison.figures import FIGURES
+from muonrec.comparison.figures import FIGURES, looks
 from muonrec.comparison.forest import Mark, Row, draw_forest, label_rows, level_handles, level_marker
 from muonrec.comparison.numbers import Answer
 from muonrec.comparison.results import Comparison
 from muonrec.comparison.verdict import shown, spread
-from muonrec.figures import COLOURS, GREY, save_figures, subplots
+from muonrec.figures import GREY, save_figures, subplots
 from muonrec.page import percent, pretty, write_page
 
 AGGREGATE = "aggregate.html"
-# What Shan et al. 2026 (arXiv 2603.00416) report on average: NDCG@10 more, and steps to convergence fewer.
+# What Shan et al. 2026 (arXiv 2603.00416) report on average: NDCG@10 more, and fewer steps to each run's own best.
 _PAPER = (0.126, 0.324)
 
 
@@ -63,6 +63,7 @@ def total_cells(totals: Aggregate) -> list[dict[str, str]]:
             if interval is not None and math.isfinite(by_chance):
                 cells[f"fewer steps to {goal}"] += f", by chance {percent(by_chance)}"
             cells[f"never reach {goal}"] = "–" if interval is None else f"{number} of {total.num_pairs}"
+        cells["fewer steps to own best"] = shown(total.own_best_saved) or "–"
         rows.append(cells)
     return rows
 
@@ -89,27 +90,29 @@ def _facts(comparison: Comparison, answer: Answer) -> dict[str, Any]:
 
 
 def _draw(found: Sequence[Found], totals: Aggregate) -> Any:
-    """Two panels for each arm, with scales of their own: one that is far off would flatten the others."""
+    """Three panels for each arm, with scales of their own: one that is far off would flatten the others."""
     if not totals.arms:
         return None
-    names = list(dict.fromkeys(arm for one, _ in found for arm in one.arms if arm != one.design.control))
-    # The control would have the first colour.
-    colours = [COLOURS[(1 + names.index(total.arm)) % len(COLOURS)] for total in totals.arms]
-    by_arm = [_rows(found, total, totals, colour) for total, colour in zip(totals.arms, colours, strict=True)]
+    by_arm = [_rows(found, total, totals) for total in totals.arms]
     heights = [len(rows) + 1.6 for rows in by_arm]  # and the title and the ticks
-    figure, axes = subplots(2, rows=len(by_arm), height=0.6 + 0.42 * sum(heights), sharey="row", height_ratios=heights)
-    for pair, total, rows in zip(axes, totals.arms, by_arm, strict=True):
-        draw_forest(pair, rows, labels=["", ""])
-        label_rows(pair, rows)
-        pair[0].set_title(total.arm)
-        for axis, value in zip(pair, _PAPER, strict=True):
+    figure, axes = subplots(3, rows=len(by_arm), height=0.6 + 0.45 * sum(heights), sharey="row", height_ratios=heights)
+    for panels, total, rows in zip(axes, totals.arms, by_arm, strict=True):
+        draw_forest(panels, rows, labels=["", "", ""])
+        label_rows(panels, rows)
+        panels[0].set_title(total.arm)
+        for axis, value in zip(panels[::2], _PAPER, strict=True):
             if _is_of_the_paper(found, total, totals) and axis.get_xlim()[0] < value < axis.get_xlim()[1]:
                 axis.axvline(value, color=GREY, linestyle=":", linewidth=1)
                 axis.annotate("paper", (value, -0.6), (3, -9), textcoords="offset points", fontsize=8, color=GREY)
-    axes[-1][0].set_xlabel(f"{_metric(totals)} than the control's")
-    axes[-1][1].set_xlabel("fewer steps than the control")
-    handles, names = level_handles(axes[0][1], LEVELS)
-    figure.legend(handles, names, loc="outside upper right", ncols=2)
+    goals = (
+        f"{_metric(totals)}\nthan the control",
+        "fewer steps\nto the control's best",
+        "fewer steps\nto its own best",
+    )
+    for axis, goal in zip(axes[-1], goals, strict=True):
+        axis.set_xlabel(goal)
+    handles, names = level_handles(axes[0][1], LEVELS, [row for rows in by_arm for row in rows])
+    figure.legend(handles, names, loc="outside upper right", ncols=3, fontsize=9)
     return figure
 
 
@@ -119,8 +122,9 @@ def _is_of_the_paper(found: Sequence[Found], total: ArmAggregate, totals: Aggreg
     return totals.metric == "ndcg@10" and not any(design.arm(total.arm).also_differs for design in designs)
 
 
-def _rows(found: Sequence[Found], total: ArmAggregate, totals: Aggregate, colour: str) -> list[Row]:
+def _rows(found: Sequence[Found], total: ArmAggregate, totals: Aggregate) -> list[Row]:
     """A row for each comparison that has the arm, and their mean."""
+    colour = next(looks(one.design)[total.arm].colour for one, _ in found if total.arm in one.arms)
     rows = []
     for comparison, answer in found:
         arm = at_largest_budget(comparison, answer).get(total.arm)
@@ -133,11 +137,15 @@ def _rows(found: Sequence[Found], total: ArmAggregate, totals: Aggregate, colour
             for level in LEVELS
             if (target := targets.get(level)) is not None
         ]
-        rows.append(Row(comparison.design.name, [[Mark(difference)], marks], colour))
+        share, seeds = max(comparison.design.budgets), len(arm.paired_seeds)
+        note = f"{f'{100 * share:.3g} %' if share < 1 else 'all'} of the steps, {seeds} seed{'s' * (seeds != 1)}"
+        own_best = [Mark(arm.steps_to_own_best_saved, "s")]
+        rows.append(Row(comparison.design.name, [[Mark(difference)], marks, own_best], colour, note))
     if len(rows) > 1:
         marks = [
             Mark(interval, level_marker(level), is_bound=number > 0)
             for level, interval, number in zip(LEVELS, total.steps_saved, total.num_censored, strict=True)
         ]
-        rows.append(Row("mean", [[Mark(total.better)], marks], colour, is_total=True))
+        own_best = [Mark(total.own_best_saved, "s")]
+        rows.append(Row("mean", [[Mark(total.better)], marks, own_best], colour, is_total=True))
     return rows

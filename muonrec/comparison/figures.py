@@ -22,13 +22,14 @@ from muonrec.comparison.forest import (
     label_rows,
     level_handles,
     level_marker,
+    share_tick,
 )
 from muonrec.comparison.numbers import Answer, ArmAnswer, Group, Measured
 from muonrec.comparison.points import best, tried
 from muonrec.comparison.results import Comparison, Design, RunResult, Spectrum
 from muonrec.figures import COLOURS, DASHES, GREY, MARKERS, max_ticks, save_figures, short_name, subplots
 from muonrec.metrics import Interval
-from muonrec.page import percent, pretty
+from muonrec.page import pretty
 
 FIGURES = "figures"
 _BREAKDOWNS = {"popularity": "training events of the target", "length": "events of the history"}
@@ -162,7 +163,7 @@ def _draw_savings(comparison: Comparison, answer: Answer) -> Any:
     draw_forest(axes, rows, labels=[f"fewer steps than {control}", f"fewer seconds than {control}"])
     levels = sorted({t.level for arms in answer.arms.values() for found in arms.values() for t in found.targets})
     label_rows(axes, rows)
-    handles, names = level_handles(axes[0], levels)
+    handles, names = level_handles(axes[0], levels, rows)
     figure.legend(handles, names, loc="outside upper left", ncols=3)
     return figure
 
@@ -320,6 +321,7 @@ def _draw_sensitivity(comparison: Comparison, budget: float) -> Any:
     """Every point, the best of each arm at each value of one rate, whatever the others were, and the one it got."""
     design, look = comparison.design, looks(comparison.design)
     points = {arm: tried(comparison.trials(arm, budget), design) for arm in comparison.arms}
+    chosen = {arm: point for arm, own in points.items() if (point := best(own, design)) is not None}
     panels = {
         name: rates
         for name, rates in rate_panels(design).items()
@@ -340,6 +342,7 @@ def _draw_sensitivity(comparison: Comparison, budget: float) -> Any:
     for axis, (name, rates) in zip(axes, panels.items(), strict=True):
         for arm, rate in rates.items():
             colour, marker, dash = look[arm].colour, look[arm].marker, look[arm].dash
+            most = max((len(point.values) for point in points[arm]), default=0)
             for point in points[arm]:
                 x = point.rates[rate]
                 if not point.values:
@@ -348,22 +351,23 @@ def _draw_sensitivity(comparison: Comparison, budget: float) -> Any:
                 if sign * point.mean < sign * worst:
                     axis.plot([x], [edge], marker="v" if sign > 0 else "^", color=colour, markersize=5, clip_on=False)
                 else:
-                    axis.plot([x], [point.mean], marker=marker, color=colour, alpha=0.4, markersize=4.5, linewidth=0)
+                    face = colour if len(point.values) == most else "none"  # of few seeds: no match for the others
+                    axis.plot([x], [point.mean], marker, color=colour, alpha=0.6, markersize=4.5, markerfacecolor=face)
             xs = sorted({point.rates[rate] for point in points[arm]})
             tops = [best([point for point in points[arm] if point.rates[rate] == x], design) for x in xs]
             line = [(x, top.mean) for x, top in zip(xs, tops, strict=True) if top is not None]
             if line:
                 axis.plot(*zip(*line, strict=True), dash, color=colour, linewidth=1.2)
-            chosen = best(points[arm], design)
-            if chosen is not None:
-                place = ([chosen.rates[rate]], [chosen.mean])
+            if arm in chosen:
+                place = ([chosen[arm].rates[rate]], [chosen[arm].mean])
                 (handles[arm],) = axis.plot(*place, marker, color=colour, markersize=10, mec="black")
         axis.set_xscale("log")
         axis.set_xlabel(f"learning rate: {name}")
         axis.minorticks_off()
         values = sorted({point.rates[rate] for arm, rate in rates.items() for point in points[arm]})
         if values:
-            axis.set_xticks(values, _spaced(values))
+            tuned = [point.rates[rates[arm]] for arm, point in chosen.items() if arm in rates]
+            axis.set_xticks(values, _spaced(values, [*tuned, *values], share=0.06 * len(panels)))
             axis.set_xlim(values[0] / 1.6, values[-1] * 1.6)
     axes[0].set_ylim(*sorted((edge, top + sign * margin)))
     axes[0].set_ylabel(f"best validation {pretty(design.metric)}")
@@ -371,15 +375,20 @@ def _draw_sensitivity(comparison: Comparison, budget: float) -> Any:
     return figure
 
 
-def _spaced(ticks: Sequence[float]) -> list[str]:
-    """Labels of rising ticks on a logarithmic axis, but for those that would touch the one before."""
-    labels, last = [], 0.0
-    for tick in ticks:
-        is_free = tick > last * (ticks[-1] / ticks[0]) ** 0.2
-        short = f"{tick:g}" if tick >= 1e-3 else f"{tick:.1e}".replace(".0e", "e").replace("e-0", "e-")
-        labels.append(short if is_free else "")
-        last = tick if is_free else last
-    return labels
+def _spaced(ticks: Sequence[float], by_weight: Sequence[float], *, share: float) -> list[str]:
+    """Labels of rising ticks on a logarithmic axis, but for those that would touch one of more weight.
+
+    Args:
+        ticks: from left to right.
+        by_weight: the same, first those that must have their label.
+        share: of the axis that a label takes.
+    """
+    width, named = (ticks[-1] / ticks[0]) ** share, set[float]()
+    for tick in by_weight:
+        if all(tick == other or max(tick, other) > width * min(tick, other) for other in named):
+            named.add(tick)
+    short = [f"{tick:g}" if tick >= 1e-3 else f"{tick:.1e}".replace(".0e", "e").replace("e-0", "e-") for tick in ticks]
+    return [text if tick in named else "" for tick, text in zip(ticks, short, strict=True)]
 
 
 # Parts of the targets -------------------------------------------------------------------------------------------------
@@ -425,7 +434,7 @@ def _draw_groups(comparison: Comparison, answer: Answer, budget: float) -> Any:
             axis.set_xlim(-0.6, len(labels) - 0.4)
             if panel == 1:
                 axis.axhline(0, color=GREY, linewidth=1)
-                axis.yaxis.set_major_formatter(lambda share, _: percent(share, 0) if share else "0")
+                axis.yaxis.set_major_formatter(share_tick)
         axes[-1][column].set_xticks(range(len(labels)), [f"{_nicer(label)}\n{sizes[label]:,}" for label in labels])
         axes[-1][column].set_xlabel(f"{_BREAKDOWNS.get(breakdown, breakdown)}; below: test targets")
     axes[0][0].set_ylabel(f"test {pretty(answer.metric)}, ± sd")

@@ -35,6 +35,7 @@ class Row:
 
     Args:
         label: at its left.
+        note: below the label.
         panels: what is drawn in each panel.
         colour: of the marks.
         is_header: a line of words alone, above the rows that it is about.
@@ -44,6 +45,7 @@ class Row:
     label: str
     panels: Sequence[Sequence[Mark]] = ()
     colour: str = GREY
+    note: str = ""
     is_header: bool = False
     is_total: bool = False
 
@@ -71,26 +73,25 @@ def draw_forest(axes: Sequence[Any], rows: Sequence[Row], *, labels: Sequence[st
                     axis.plot(ends, [y, y], color=row.colour, linewidth=3.5 if row.is_total else 1.8)
                     if with_ends:
                         text += f" ({' to '.join(percent(end).removesuffix(' %') for end in ends)})"
-                hollow = mark.marker == "o" or mark.is_bound
-                axis.plot(
-                    [interval.mean], [y], mark.marker, ms=7, color=row.colour, mfc="white" if hollow else row.colour
-                )
+                mfc = "white" if mark.is_bound else row.colour
+                axis.plot([interval.mean], [y], mark.marker, ms=7, color=row.colour, mfc=mfc)
                 if mark.is_bound:
                     axis.annotate(
                         "", (interval.mean, y), (-22, 0), "data", "offset points", _ARROW | {"color": row.colour}
                     )
                 beside = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "va": "center"}
                 axis.annotate(text, (1.0, y), (4, 0), fontsize=8.5, **beside)
-        axis.margins(x=0.15 if any(mark.is_bound for row in rows for marks in row.panels for mark in marks) else 0.08)
+        axis.margins(x=0.15 if _has_bound(rows) else 0.08)
         axis.set_ylim(len(rows) - 0.4, -0.6)
-        axis.xaxis.set_major_locator(max_ticks(5))
-        axis.xaxis.set_major_formatter(lambda share, _: percent(share, 0) if round(share, 9) else "0")
+        axis.xaxis.set_major_locator(max_ticks(5 if len(labels) < 3 else 3))
+        axis.xaxis.set_major_formatter(share_tick)
         axis.set_xlabel(label)
 
 
 def label_rows(axes: Sequence[Any], rows: Sequence[Row]) -> None:
     """Name the rows of panels that share them: headers within the first panel, since they are long."""
-    axes[0].set_yticks(range(len(rows)), ["" if row.is_header else short_name(row.label) for row in rows])
+    names = ["" if row.is_header else f"{short_name(row.label)}\n{row.note}".strip() for row in rows]
+    axes[0].set_yticks(range(len(rows)), names)
     for place, (text, row) in enumerate(zip(axes[0].get_yticklabels(), rows, strict=True)):
         if row.is_header:
             at = {"xycoords": ("axes fraction", "data"), "va": "center", "fontweight": "bold"}
@@ -102,17 +103,29 @@ def label_rows(axes: Sequence[Any], rows: Sequence[Row]) -> None:
         axis.grid(visible=False, axis="y")
 
 
+def share_tick(share: float, _: int) -> str:
+    """``+2.5 %``, in as many digits as it takes: the label of a share on an axis."""
+    digits = next((digits for digits in range(3) if math.isclose(100 * share, round(100 * share, digits))), 3)
+    return percent(share, digits) if round(share, 9) else "0"
+
+
 def level_marker(level: float) -> str:
-    """A ring for less than the control's best."""
+    """Round for less than the control's best."""
     return "o" if level < 1 else "D"
 
 
-def level_handles(axis: Any, levels: Sequence[float]) -> tuple[list[Any], list[str]]:
-    """Markers and words of the legend that tells the targets apart."""
-    handles = [
-        axis.plot([], [], level_marker(level), color=GREY, mfc="white" if level < 1 else GREY)[0] for level in levels
-    ]
-    return handles, [f"to {100 * level:.0f} % of the control's best" for level in levels]
+def level_handles(axis: Any, levels: Sequence[float], rows: Sequence[Row]) -> tuple[list[Any], list[str]]:
+    """Markers and words of the legend that tells the targets apart, and bounds from what is known."""
+    handles = [axis.plot([], [], level_marker(level), color=GREY)[0] for level in levels]
+    names = [f"to {100 * level:.0f} % of the control's best" for level in levels]
+    if _has_bound(rows):
+        handles.append(axis.plot([], [], level_marker(levels[-1]), color=GREY, mfc="white")[0])
+        names.append("at most so much: some seeds never get there")
+    return handles, names
+
+
+def _has_bound(rows: Sequence[Row]) -> bool:
+    return any(mark.is_bound for row in rows for marks in row.panels for mark in marks)
 
 
 def known(interval: Interval | None) -> Interval | None:

@@ -12,7 +12,7 @@ from muonrec.comparison.answer import answer, flags, paired, pairs_of, reached
 from muonrec.comparison.bootstrap import Paired, t_interval
 from muonrec.comparison.points import best_of
 from muonrec.comparison.results import Comparison, Design, RunResult
-from muonrec.comparison.verdict import verdict
+from muonrec.comparison.verdict import shown, verdict
 from muonrec.metrics import Interval, paired_bootstrap_difference
 from muonrec.page import percent
 from tests.comparison.made_up import made_up_comparison, made_up_design
@@ -441,6 +441,9 @@ def test_an_aggregate_is_the_mean_of_the_comparisons_own_numbers(two):
     assert total_cells(aggregate_of(*two))[1]["fewer steps to 99 %"].endswith(
         f", by chance {percent(muon.by_chance[0])}"
     )
+    own_best = [one.steps_to_own_best_saved for one in answers]
+    assert muon.own_best_saved.mean == pytest.approx(np.mean([interval.mean for interval in own_best]))
+    assert total_cells(aggregate_of(*two))[1]["fewer steps to own best"] == shown(muon.own_best_saved)
     assert one_rate.num_censored == (6, 6)
     assert total_cells(aggregate_of(*two))[0]["fewer steps to 99 %"].startswith("≤ ")
 

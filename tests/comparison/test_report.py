@@ -9,7 +9,8 @@ import pytest
 from muonrec.comparison.aggregate import aggregated
 from muonrec.comparison.aggregate_report import write_aggregate_report
 from muonrec.comparison.answer import answer
-from muonrec.comparison.figures import _draw_groups, common_curves, looks, rate_panels, target_value
+from muonrec.comparison.figures import _draw_groups, _spaced, common_curves, looks, rate_panels, target_value
+from muonrec.comparison.forest import share_tick
 from muonrec.comparison.report import _fingerprints, write_comparison_report
 from muonrec.comparison.results import Arm, Comparison, Design, RunResult
 from muonrec.comparison.verdict import shown
@@ -136,6 +137,20 @@ def test_several_comparisons_are_drawn_below_each_other_with_their_mean(whole, t
     assert f"{100 * difference.mean:+.1f} %" in text
     assert "never reach 99 %" in text and "4 of 4" in text and "≤ −" in text
     assert (tmp_path / "figures" / "aggregate.png").stat().st_size > 20_000
+    assert "all of the steps, 2 seeds" in text and "to its own best" in text
+
+
+@pytest.mark.parametrize(
+    "share, text", [(0, "0"), (-0.0, "0"), (0.015, "+1.5 %"), (0.03, "+3 %"), (-0.0025, "−0.25 %")]
+)
+def test_an_axis_of_shares_has_as_many_digits_as_it_takes(share, text):
+    assert share_tick(share, 0) == text
+
+
+def test_the_chosen_rates_keep_their_labels_where_there_is_no_room_for_all():
+    ticks = [0.0001, 0.0002, 0.001, 0.002, 0.01]
+    assert _spaced(ticks, ticks, share=0.2) == ["1e-4", "", "0.001", "", "0.01"]
+    assert _spaced(ticks, [0.002, *ticks], share=0.2) == ["1e-4", "", "", "0.002", "0.01"]
 
 
 def test_every_cell_of_the_printed_table_stands_under_its_heading(whole, capsys, monkeypatch):
