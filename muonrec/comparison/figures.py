@@ -401,7 +401,9 @@ def _draw_groups(comparison: Comparison, answer: Answer, budget: float) -> Any:
     """Above the metric in each part of the test targets, below what it is to the control's there."""
     arms = answer.arms[budget]
     breakdowns = {
-        name: list(dict.fromkeys(group.label for found in arms.values() for group in found.groups.get(name, [])))
+        name: list(
+            dict.fromkeys(g.label for found in arms.values() for g in found.groups.get(name, []) if g.num_targets)
+        )
         for name in dict.fromkeys(name for found in arms.values() for name in found.groups)
     }
     breakdowns = {name: labels for name, labels in breakdowns.items() if labels}
@@ -421,7 +423,7 @@ def _draw_groups(comparison: Comparison, answer: Answer, budget: float) -> Any:
                 shift = 0.6 * ((index + 0.5) / len(names) - 0.5)
                 for group in arms[name].groups.get(breakdown, []):
                     interval = _of_group(group, relative=panel == 1)
-                    if interval is None:
+                    if interval is None or group.label not in labels:
                         continue
                     x = labels.index(group.label) + shift
                     most = _MOST_GAIN if panel == 1 else math.inf

@@ -11,6 +11,7 @@ from muonrec.comparison.aggregate_report import write_aggregate_report
 from muonrec.comparison.answer import answer
 from muonrec.comparison.figures import _draw_groups, _spaced, common_curves, looks, rate_panels, target_value
 from muonrec.comparison.forest import share_tick
+from muonrec.comparison.numbers import Group
 from muonrec.comparison.report import _fingerprints, write_comparison_report
 from muonrec.comparison.results import Arm, Comparison, Design, RunResult
 from muonrec.comparison.verdict import shown
@@ -230,6 +231,17 @@ def test_a_gain_over_next_to_nothing_is_drawn_at_the_edge(whole):
     assert relative.get_ylim()[1] == 1.0
     drawn = [(line.get_marker(), list(line.get_ydata())) for line in relative.lines]
     assert ("^", [1.0]) in drawn and ("None", [-1.0, 1.0]) in drawn
+
+
+def test_parts_without_targets_are_not_drawn(whole):
+    comparison, found = whole
+    arms = {
+        name: dataclasses.replace(arm, groups={"length": [*arm.groups["length"], Group("> 99 events", 0, 0, None)]})
+        for name, arm in found.arms[1.0].items()
+    }
+    axes = _draw_groups(comparison, dataclasses.replace(found, arms={1.0: arms}), 1.0).axes
+    labels = [text.get_text() for text in axes[-1].get_xticklabels()]
+    assert labels and not any("99" in label for label in labels)
 
 
 def test_runs_that_started_unlike_are_named(whole):
