@@ -380,7 +380,7 @@ def _spaced(ticks: Sequence[float], by_weight: Sequence[float], *, share: float)
 
     Args:
         ticks: from left to right.
-        by_weight: the same, first those that must have their label.
+        by_weight: the same, or more than once; what comes first has its label.
         share: of the axis that a label takes.
     """
     width, named = (ticks[-1] / ticks[0]) ** share, set[float]()
@@ -423,7 +423,7 @@ def _draw_groups(comparison: Comparison, answer: Answer, budget: float) -> Any:
                 shift = 0.6 * ((index + 0.5) / len(names) - 0.5)
                 for group in arms[name].groups.get(breakdown, []):
                     interval = _of_group(group, relative=panel == 1)
-                    if interval is None or group.label not in labels:
+                    if interval is None:
                         continue
                     x = labels.index(group.label) + shift
                     most = _MOST_GAIN if panel == 1 else math.inf

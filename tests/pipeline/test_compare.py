@@ -15,7 +15,7 @@ from muonrec.comparison.results import RESULTS, read_comparison, write_results
 from muonrec.comparison.tuning import Asked
 from muonrec.config import flat, load_config, parse_config, read_yaml, set_at
 from muonrec.data.synthetic import SyntheticSource
-from pipeline.compare import CompareConfig, aggregate, compare, main
+from pipeline.compare import ArmConfig, CompareConfig, aggregate, compare, main
 from pipeline.compared_runs import Experiment
 from pipeline.data import DataConfig, build_dataset
 from pipeline.train import TrainConfig
@@ -316,3 +316,11 @@ def test_the_real_stages_end_to_end(dataset, tmp_path, monkeypatch):
     # The paper's mechanism: Muon's update has nearly the full rank, 8 here.
     assert min(stable_ranks(muon)) > max(stable_ranks(control))
     assert os.listdir(tmp_path / "out" / "runs")
+
+
+def test_the_help_says_what_each_setting_means(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    told = capsys.readouterr().out.partition("what they mean:\n")[2].partition("protocol,")[0]
+    for name in (*CompareConfig.model_fields, *ArmConfig.model_fields):
+        assert f"\n  {name}: " in f"\n{told}"
