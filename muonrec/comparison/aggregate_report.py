@@ -9,8 +9,9 @@ from typing import Any
 
 from muonrec.comparison.aggregate import Aggregate, ArmAggregate, Found, at_largest_budget, better, difference_of
 from muonrec.comparison.answer import LEVELS
-from muonrec.comparison.figures import FIGURES, looks
+from muonrec.comparison.figures import FIGURES
 from muonrec.comparison.forest import Mark, Row, draw_forest, label_rows, level_handles, level_marker
+from muonrec.comparison.looks import looks
 from muonrec.comparison.numbers import Answer
 from muonrec.comparison.results import Comparison
 from muonrec.comparison.verdict import shown, spread

@@ -1,10 +1,9 @@
-"""The figures of a comparison, an arm in the same colour and with the same marker in each."""
+"""The figures of a comparison; those of the search and of validation are drawn beside this file."""
 
-# S = seeds, E = evaluations, G = places on an axis
+# N = spectra, G = places on an axis
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -13,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from muonrec.comparison.answer import best_of_three
 from muonrec.comparison.forest import (
     Mark,
     Row,
@@ -24,45 +22,17 @@ from muonrec.comparison.forest import (
     level_marker,
     share_tick,
 )
+from muonrec.comparison.looks import budget_name, in_thousands, looks
 from muonrec.comparison.numbers import Answer, ArmAnswer, Group, Measured
-from muonrec.comparison.points import best, tried
-from muonrec.comparison.results import Comparison, Design, RunResult, Spectrum
-from muonrec.figures import COLOURS, DASHES, GREY, MARKERS, max_ticks, save_figures, short_name, subplots
+from muonrec.comparison.rates_figure import draw_sensitivity
+from muonrec.comparison.results import Comparison, Spectrum
+from muonrec.comparison.validation_figure import draw_validation
+from muonrec.figures import GREY, max_ticks, save_figures, short_name, subplots
 from muonrec.metrics import Interval
 from muonrec.page import pretty
 
 FIGURES = "figures"
 _BREAKDOWNS = {"popularity": "training events of the target", "length": "events of the history"}
-
-
-@dataclasses.dataclass(frozen=True)
-class Look:
-    """How an arm is drawn: one that shares the colour of another has a dash and a marker of its own."""
-
-    colour: str
-    marker: str
-    dash: str
-
-
-def looks(design: Design) -> dict[str, Look]:
-    """By place: the control, the arms that differ in the dense optimizer alone, and the others.
-
-    So Muon looks the same in a comparison that has one-rate and in one that does not.
-    """
-    others = [arm for arm in design.arms if arm.name != design.control]
-    names = [design.control, *(arm.name for arm in sorted(others, key=lambda arm: bool(arm.also_differs)))]
-    found = {}
-    for place, name in enumerate(names):
-        turn, index = divmod(place, len(COLOURS))
-        found[name] = Look(COLOURS[index], MARKERS[(index + turn) % len(MARKERS)], DASHES[turn % len(DASHES)])
-    return found
-
-
-def budget_name(comparison: Comparison, budget: float) -> str:
-    """``full budget (2,000 steps)``."""
-    share = "full budget" if budget == 1 else f"{100 * budget:.3g} % of the budget"
-    steps = max((run.num_steps for arm in comparison.arms for run in comparison.finals(arm, budget)), default=0)
-    return f"{share} ({steps:,} steps)" if steps else share
 
 
 def draw_comparison(comparison: Comparison, answer: Answer, folder: Path) -> dict[str, str]:
@@ -76,10 +46,10 @@ def draw_comparison(comparison: Comparison, answer: Answer, folder: Path) -> dic
     draws: dict[str, Callable[[], Any]] = {
         "results": lambda: _draw_results(comparison, answer),
         "savings": lambda: _draw_savings(comparison, answer),
-        "validation": lambda: _draw_validation(comparison, answer),
+        "validation": lambda: draw_validation(comparison, answer),
     }
     for budget in comparison.design.budgets:
-        draws[f"sensitivity-{budget:g}"] = lambda budget=budget: _draw_sensitivity(comparison, budget)  # type: ignore[misc]
+        draws[f"sensitivity-{budget:g}"] = lambda budget=budget: draw_sensitivity(comparison, budget)  # type: ignore[misc]
     for budget in answer.arms:
         draws[f"groups-{budget:g}"] = lambda budget=budget: _draw_groups(comparison, answer, budget)  # type: ignore[misc]
         draws[f"spectra-{budget:g}"] = lambda budget=budget: _draw_spectra(comparison, budget)  # type: ignore[misc]
@@ -166,229 +136,6 @@ def _draw_savings(comparison: Comparison, answer: Answer) -> Any:
     handles, names = level_handles(axes[0], levels, rows)
     figure.legend(handles, names, loc="outside upper left", ncols=3)
     return figure
-
-
-# Curves ---------------------------------------------------------------------------------------------------------------
-
-
-def common_curves(runs: Sequence[RunResult]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Validation curves at common steps, up to where the shortest ends, linear in between.
-
-    Args:
-        runs: with at least one validation each.
-
-    Returns:
-        float64 ``[G]`` steps, ``[G]`` seconds of training until then (means over the runs) and ``[S, G]`` values.
-    """
-    steps = [np.asarray(run.curve_step, dtype=np.float64) for run in runs]
-    start, end = max(step[0] for step in steps), min(step[-1] for step in steps)
-    longest = max(steps, key=len)
-    steps_G = np.unique(np.clip(longest, start, end)) if end >= start else longest[:1]
-    seconds_SG = [np.interp(steps_G, step, run.curve_seconds) for step, run in zip(steps, runs, strict=True)]
-    values_SG = [np.interp(steps_G, step, run.curve_value) for step, run in zip(steps, runs, strict=True)]
-    return steps_G, np.mean(seconds_SG, 0), np.stack(values_SG)
-
-
-def target_value(comparison: Comparison, budget: float) -> float | None:
-    """Mean over the control's seeds of the best median of three successive validations; None without any."""
-    found = [best_of_three(comparison.design, run) for run in comparison.finals(comparison.design.control, budget)]
-    bests = [best for best in found if best is not None]
-    return float(np.mean(bests)) if bests else None
-
-
-def _draw_validation(comparison: Comparison, answer: Answer) -> Any:
-    """A row for each budget; against steps and against seconds, the band from the worst seed to the best."""
-    budgets = [b for b in comparison.design.budgets if any(_curves(comparison, arm, b) for arm in comparison.arms)]
-    if not budgets:
-        return None
-    figure, axes = subplots(2, rows=len(budgets), height=0.5 + 2.9 * len(budgets), sharey="row")
-    handles = {}
-    for row, budget in zip(axes, budgets, strict=True):
-        ends, early = [], []
-        for arm in comparison.arms:
-            runs = _curves(comparison, arm, budget)
-            if not runs:
-                continue
-            look = looks(comparison.design)[arm]
-            steps_G, seconds_G, values_SG = common_curves(runs)
-            mean_G = values_SG.mean(0)
-            for axis, x_G in zip(row, (steps_G, seconds_G), strict=True):
-                axis.fill_between(x_G, values_SG.min(0), values_SG.max(0), color=look.colour, alpha=0.2, linewidth=0)
-                axis.plot(x_G, mean_G, look.dash, color=look.colour)
-                early.append(float(np.interp(0.2 * x_G[-1], x_G, mean_G)))
-            handles[arm] = row[0].plot([], [], look.dash, color=look.colour, marker=look.marker, ms=7, mec="white")[0]
-            ends += [values_SG.min(0)[-1], values_SG.max(), values_SG.min()]
-        for axis in row:
-            axis.xaxis.set_major_locator(max_ticks(6, whole=axis is row[0]))
-            axis.xaxis.set_major_formatter(_in_thousands)
-        _target_lines(row, comparison, answer, budget)
-        for axis in row:
-            axis.set_xlim(left=0)  # last, since it also fixes the right end, beyond the markers
-        _set_limits(row[0], ends, early, higher_is_better=comparison.design.higher_is_better)
-        row[0].set_ylabel(f"validation {pretty(answer.metric)}")
-        row[0].set_title(budget_name(comparison, budget))
-    axes[-1][0].set_xlabel("training step")
-    axes[-1][1].set_xlabel("seconds of training")
-    figure.legend(handles.values(), [short_name(name) for name in handles], loc="outside upper left", ncols=4)
-    return figure
-
-
-def _in_thousands(number: float, _: int) -> str:
-    return f"{number:,.10g}"
-
-
-def _curves(comparison: Comparison, arm: str, budget: float) -> list[RunResult]:
-    return [run for run in comparison.finals(arm, budget) if run.curve_value]
-
-
-def _target_lines(row: Sequence[Any], comparison: Comparison, answer: Answer, budget: float) -> None:
-    """The two targets, and a marker where each arm reaches them on average, hollow where a seed never does."""
-    target = target_value(comparison, budget)
-    if target is None:
-        return
-    levels = {t.level for found in answer.arms.get(budget, {}).values() for t in found.targets} or {1.0}
-    for axis, key in zip(row, ("steps", "seconds"), strict=True):
-        for level in sorted(levels):
-            axis.axhline(level * target, color=GREY, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
-        for name, found in answer.arms.get(budget, {}).items():
-            look = looks(comparison.design)[name]
-            for reaching in found.targets:
-                if reaching.num_censored < len(reaching.reached):
-                    axis.plot(
-                        [float(np.mean([getattr(one, key) for one in reaching.reached]))],
-                        [reaching.level * target],
-                        marker=look.marker,
-                        markersize=7,
-                        color=look.colour,
-                        markerfacecolor="white" if reaching.num_censored else look.colour,
-                        markeredgecolor=look.colour if reaching.num_censored else "white",
-                        zorder=5,
-                    )
-    row[0].annotate(
-        f"best of {short_name(comparison.design.control)}"
-        + (f" and {100 * min(levels):.0f} % of it" if len(levels) > 1 else ""),
-        (0.015, max(levels) * target),
-        (0, 3),
-        xycoords=("axes fraction", "data"),
-        textcoords="offset points",
-        fontsize=9,
-    )
-
-
-def _set_limits(axis: Any, ends: Sequence[float], early: Sequence[float], *, higher_is_better: bool) -> None:
-    """Leave out the first fifth of the climb, which would flatten where the arms part."""
-    finite = [value for value in ends if math.isfinite(value)]
-    if not finite:
-        return
-    if higher_is_better:
-        low, high = min(early), max(finite)
-    else:
-        low, high = min(finite), max(early)
-    margin = 0.08 * ((high - low) or abs(high) or 1.0)
-    axis.set_ylim(low - margin, high + 1.5 * margin)
-
-
-# Learning rates -------------------------------------------------------------------------------------------------------
-
-
-def rate_panels(design: Design) -> dict[str, dict[str, str]]:
-    """The tuned rates, each with the rate that every arm has in its place.
-
-    An arm whose one rate sets what others tune apart appears in each of their panels.
-    """
-    settings: dict[str, set[str]] = {}
-    for arm in design.arms:
-        for name in arm.grids:
-            settings.setdefault(name, set()).update(arm.rate_settings.get(name, ()))
-    narrow = {
-        name
-        for name, wide in settings.items()
-        if not (wide and wide <= set().union(*(s for other, s in settings.items() if other != name and s < wide)))
-    }
-    panels = {}
-    for name in settings:
-        if name in narrow:
-            panels[name] = {
-                arm.name: rate
-                for arm in design.arms
-                for rate in arm.grids
-                if rate == name or (name not in arm.grids and settings[name] & set(arm.rate_settings.get(rate, ())))
-            }
-    return panels
-
-
-def _draw_sensitivity(comparison: Comparison, budget: float) -> Any:
-    """Every point, the best of each arm at each value of one rate, whatever the others were, and the one it got."""
-    design, look = comparison.design, looks(comparison.design)
-    points = {arm: tried(comparison.trials(arm, budget), design) for arm in comparison.arms}
-    chosen = {arm: point for arm, own in points.items() if (point := best(own, design)) is not None}
-    panels = {
-        name: rates
-        for name, rates in rate_panels(design).items()
-        if len({point.rates[rate] for arm, rate in rates.items() for point in points[arm]}) > 1
-    }
-    means = np.array([point.mean for own in points.values() for point in own if point.values])
-    if not panels or not len(means):
-        return None
-    figure, [axes] = subplots(len(panels), height=3.5, sharey=True)
-    sign = 1.0 if design.higher_is_better else -1.0
-    # A rate far off the mark would flatten the rest: it is named at the edge.
-    top, typical = sign * (sign * means).max(), float(np.median(means))
-    floor = top - sign * max(2.5 * abs(top - typical), 0.02 * abs(top))
-    worst = sign * max((sign * means).min(), sign * floor)
-    margin = 0.08 * abs(top - worst) or 0.05 * abs(top) or 1.0
-    edge = worst - sign * 1.2 * margin
-    handles = {}
-    for axis, (name, rates) in zip(axes, panels.items(), strict=True):
-        for arm, rate in rates.items():
-            colour, marker, dash = look[arm].colour, look[arm].marker, look[arm].dash
-            most = max((len(point.values) for point in points[arm]), default=0)
-            for point in points[arm]:
-                x = point.rates[rate]
-                if not point.values:
-                    axis.plot([x], [edge], marker="x", color=colour, markersize=7, clip_on=False)
-                    continue
-                if sign * point.mean < sign * worst:
-                    axis.plot([x], [edge], marker="v" if sign > 0 else "^", color=colour, markersize=5, clip_on=False)
-                else:
-                    face = colour if len(point.values) == most else "none"  # of few seeds: no match for the others
-                    axis.plot([x], [point.mean], marker, color=colour, alpha=0.6, markersize=4.5, markerfacecolor=face)
-            xs = sorted({point.rates[rate] for point in points[arm]})
-            tops = [best([point for point in points[arm] if point.rates[rate] == x], design) for x in xs]
-            line = [(x, top.mean) for x, top in zip(xs, tops, strict=True) if top is not None]
-            if line:
-                axis.plot(*zip(*line, strict=True), dash, color=colour, linewidth=1.2)
-            if arm in chosen:
-                place = ([chosen[arm].rates[rate]], [chosen[arm].mean])
-                (handles[arm],) = axis.plot(*place, marker, color=colour, markersize=10, mec="black")
-        axis.set_xscale("log")
-        axis.set_xlabel(f"learning rate: {name}")
-        axis.minorticks_off()
-        values = sorted({point.rates[rate] for arm, rate in rates.items() for point in points[arm]})
-        if values:
-            tuned = [point.rates[rates[arm]] for arm, point in chosen.items() if arm in rates]
-            axis.set_xticks(values, _spaced(values, [*tuned, *values], share=0.06 * len(panels)))
-            axis.set_xlim(values[0] / 1.6, values[-1] * 1.6)
-    axes[0].set_ylim(*sorted((edge, top + sign * margin)))
-    axes[0].set_ylabel(f"best validation {pretty(design.metric)}")
-    figure.legend(handles.values(), [short_name(name) for name in handles], loc="outside upper left", ncols=4)
-    return figure
-
-
-def _spaced(ticks: Sequence[float], by_weight: Sequence[float], *, share: float) -> list[str]:
-    """Labels of rising ticks on a logarithmic axis, but for those that would touch one of more weight.
-
-    Args:
-        ticks: from left to right.
-        by_weight: the same, or more than once; what comes first has its label.
-        share: of the axis that a label takes.
-    """
-    width, named = (ticks[-1] / ticks[0]) ** share, set[float]()
-    for tick in by_weight:
-        if all(tick == other or max(tick, other) > width * min(tick, other) for other in named):
-            named.add(tick)
-    short = [f"{tick:g}" if tick >= 1e-3 else f"{tick:.1e}".replace(".0e", "e").replace("e-0", "e-") for tick in ticks]
-    return [text if tick in named else "" for tick, text in zip(ticks, short, strict=True)]
 
 
 # Parts of the targets -------------------------------------------------------------------------------------------------
@@ -509,7 +256,7 @@ def _draw_spectra(comparison: Comparison, budget: float) -> Any:
         row[1].set_ylim(-3, 103)
         row[1].set_ylabel("% of the largest singular value")
         row[1].set_title(f"{'what one step adds' if what == 'update' else 'weights'}, at the end")
-    axes[-1][0].xaxis.set_major_formatter(_in_thousands)
+    axes[-1][0].xaxis.set_major_formatter(in_thousands)
     axes[-1][0].xaxis.set_major_locator(max_ticks(6, whole=True))
     axes[-1][0].set_xlabel("training step")
     axes[-1][1].set_xlabel("place of the singular value (% of all)")

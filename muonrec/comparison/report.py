@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from muonrec.comparison.figures import FIGURES, budget_name, draw_comparison, looks
+from muonrec.comparison.figures import FIGURES, draw_comparison
+from muonrec.comparison.looks import budget_name, looks
 from muonrec.comparison.numbers import Answer, ArmAnswer, Chance, Measured, Target
 from muonrec.comparison.points import best, grids_of, tried
 from muonrec.comparison.results import Arm, Comparison

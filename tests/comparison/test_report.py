@@ -9,11 +9,14 @@ import pytest
 from muonrec.comparison.aggregate import aggregated
 from muonrec.comparison.aggregate_report import write_aggregate_report
 from muonrec.comparison.answer import answer
-from muonrec.comparison.figures import _draw_groups, _spaced, common_curves, looks, rate_panels, target_value
+from muonrec.comparison.figures import _draw_groups
 from muonrec.comparison.forest import share_tick
+from muonrec.comparison.looks import looks
 from muonrec.comparison.numbers import Group
+from muonrec.comparison.rates_figure import _spaced, rate_panels
 from muonrec.comparison.report import _fingerprints, write_comparison_report
 from muonrec.comparison.results import Arm, Comparison, Design, RunResult
+from muonrec.comparison.validation_figure import common_curves, target_value
 from muonrec.comparison.verdict import shown
 from muonrec.metrics import Interval
 from pipeline.compare import print_answer
