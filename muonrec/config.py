@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import difflib
-import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -88,32 +87,6 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return leaves
 
 
-def describe(cls: type[Config], *, prefix: str = "", leave_out: Sequence[str] = ()) -> str:
-    """The settings of ``cls`` with their defaults, a line each, for the help of a command."""
-    lines = []
-    for name, field in cls.model_fields.items():
-        if name not in leave_out:
-            default = (
-                "required"
-                if field.is_required()
-                else yaml.safe_dump(
-                    pydantic.RootModel(field.default).model_dump(mode="json"), default_flow_style=True, width=1000
-                )
-                .removesuffix("\n")
-                .removesuffix("\n...")
-            )
-            lines.append(f"  {prefix + name:<24} {default}")
-    return "\n".join(lines)
-
-
-def describe_choices(*kinds: type[Config], key: str = "format") -> Iterator[str]:
-    """The settings of each choice of a section, whose ``key`` names it, in lines for the help of a command."""
-    for kind in kinds:
-        names = ", ".join(get_args(kind.model_fields[key].annotation))
-        settings = ", ".join(setting for setting in kind.model_fields if setting != key)
-        yield from textwrap.wrap(f"{names}: {settings}", 100, subsequent_indent="    ")
-
-
 def _apply_override(tree: dict[str, Any], override: str) -> None:
     key, separator, _ = override.partition("=")
     if not separator or not key:
@@ -189,17 +162,21 @@ def _settings_at(cls: type[Config], loc: Sequence[int | str]) -> list[str]:
     sections = [cls]
     for part in loc:
         below = [section.model_fields[str(part)] for section in sections if part in section.model_fields]
-        chosen = [section for section in sections if part in _names_of_choice(section)]
-        sections = [found for field in below for found in _sections_in(field.annotation)] or chosen or sections
+        chosen = [section for section in sections if part in choices_of(section)[1]]
+        sections = [found for field in below for found in sections_in(field.annotation)] or chosen or sections
     return [name for section in sections for name in section.model_fields]
 
 
-def _names_of_choice(section: type[Config]) -> list[str]:
-    fields = (section.model_fields[key] for key in ("name", "format") if key in section.model_fields)
-    return [name for field in fields for name in get_args(field.annotation)]
+def choices_of(section: type[Config]) -> tuple[str, tuple[str, ...]]:
+    """The key by which a section says what it is, ``name`` or ``format``, and what it may be; empty without one."""
+    for key in ("name", "format"):
+        if key in section.model_fields:
+            return key, get_args(section.model_fields[key].annotation)
+    return "", ()
 
 
-def _sections_in(annotation: Any) -> list[type[Config]]:
+def sections_in(annotation: Any) -> list[type[Config]]:
+    """The config classes that the type of a setting consists of, or is a mapping or list of."""
     if isinstance(annotation, type) and issubclass(annotation, Config):
         return [annotation]
-    return [section for part in get_args(annotation) for section in _sections_in(part)]
+    return [section for part in get_args(annotation) for section in sections_in(part)]

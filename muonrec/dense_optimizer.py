@@ -12,8 +12,22 @@ from muonrec.config import Config, name_only
 class MuonConfig(Config):
     """Muon on matrices; names and meaning as `muonrec.optim.Muon`, hence as `torch.optim.Muon`.
 
-    ``match_rms_adamw`` gives an update the size of AdamW's (Liu et al. 2025), so one range of rates serves both.
-    ``normuon_beta2: 0.95`` makes it NorMuon. Blocks of fused matrices come from their roles, see ``routing``.
+    Blocks of fused matrices come from their roles, see ``routing``.
+
+    Attributes:
+        lr: learning rate, scaled by the shape of each matrix, see ``adjust_lr_fn``.
+        weight_decay: decoupled, times ``lr``.
+        momentum: how much of the running average of gradients is kept each step.
+        nesterov: orthogonalize the average moved one more step towards the gradient.
+        ns_steps: Newton-Schulz iterations.
+        ns_coefficients: Jordan's, with which every published rate was found, or Polar Express, which ends nearer to
+            singular values of 1.
+        ns_gram: iterate on the Gram matrix of what is more than twice as long as wide: faster, rounds otherwise.
+        normuon_beta2: 0.95 makes it NorMuon (arXiv 2510.05491).
+        cautious_weight_decay: decay only what the update does not move away from zero (arXiv 2510.12402).
+        adjust_lr_fn: ``match_rms_adamw`` gives an update the size of AdamW's (Liu et al. 2025), so that one range of
+            rates serves both; ``original`` is Jordan's sqrt(max(1, rows / columns)), ``spectral_unclamped``
+            sqrt(rows / columns), smaller by 0.2 sqrt(columns) and more.
     """
 
     name: Literal["muon"] = "muon"
@@ -30,7 +44,14 @@ class MuonConfig(Config):
 
 
 class AdamWConfig(Config):
-    """AdamW, on matrices or on the rest."""
+    """AdamW, on matrices or on the rest.
+
+    Attributes:
+        lr: learning rate.
+        betas: of the first and the second moment.
+        eps: added to the root of the second moment.
+        weight_decay: decoupled, times ``lr``.
+    """
 
     name: Literal["adamw"] = "adamw"
     lr: float = Field(default=1e-3, gt=0)

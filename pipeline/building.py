@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -13,9 +12,7 @@ from muonrec.data.semantic_ids import SemanticIds, Tokenizer, load_semantic_ids
 from muonrec.data.shards import Sequences, load_sequences
 from muonrec.losses import NextItemLoss, TokenLoss
 from muonrec.models import MODELS, HSTUConfig, ShardedDecoder, TigerConfig
-
-if TYPE_CHECKING:
-    from pipeline.train import TrainConfig
+from pipeline.train_config import TrainConfig
 
 
 def semantic_ids_of(config: TrainConfig) -> SemanticIds | None:

@@ -28,10 +28,11 @@ from muonrec.comparison.report import reached, write_comparison_report
 from muonrec.comparison.results import Comparison, read_comparison
 from muonrec.comparison.tuning import carry_out
 from muonrec.comparison.verdict import shown, spread
-from muonrec.config import Config, describe, flat, load_config
+from muonrec.config import Config, flat, load_config
 from muonrec.metrics import groups_between
 from muonrec.page import pretty
 from muonrec.runlog import configure_logging, run_stage
+from muonrec.settings_help import settings_help
 from pipeline.compared_runs import Runs
 
 logger = logging.getLogger(__name__)
@@ -227,17 +228,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _settings_help() -> str:
     arms = {name: arm.model_dump(mode="json") for name, arm in _default_arms().items()}
     text = yaml.safe_dump(arms, sort_keys=False, default_flow_style=None, width=110)
-    others = describe(CompareConfig, leave_out=("arms",))
     return (
-        f"{others}\n  arms, which a config replaces as a whole:\n{textwrap.indent(text, 4 * ' ')}\n"
-        f"what they mean:\n{_meanings(CompareConfig)}\n\nand of an arm:\n{_meanings(ArmConfig)}\n"
+        f"{settings_help(CompareConfig, leave_out=('arms',))}\n\n"
+        f"arms, which a config replaces as a whole:\n{textwrap.indent(text, 4 * ' ')}\n"
+        f"settings of an arm:\n{settings_help(ArmConfig, prefix='arms.NAME.')}\n"
     )
-
-
-def _meanings(cls: type[Config]) -> str:
-    """What the docstring of ``cls`` says of its settings."""
-    told = textwrap.dedent((cls.__doc__ or "").partition("Attributes:\n")[2]).rstrip()
-    return textwrap.indent(told.replace("``", ""), 2 * " ")
 
 
 def compare(config: CompareConfig, python: Sequence[str] = (sys.executable, "-m")) -> Comparison:

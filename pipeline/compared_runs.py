@@ -46,7 +46,8 @@ from muonrec.runlog import Progress
 from muonrec.runs import METRICS
 from pipeline.building import semantic_ids_of
 from pipeline.data import check_same_data
-from pipeline.train import TrainConfig, make_loader
+from pipeline.train import make_loader
+from pipeline.train_config import TrainConfig
 
 if TYPE_CHECKING:
     from pipeline.compare import CompareConfig

@@ -18,14 +18,14 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias, get_args
+from typing import Annotated, Any, Literal, TypeAlias
 
 import numpy as np
 import pyarrow as pa
 import pydantic
 from upath import UPath
 
-from muonrec.config import Config, describe, describe_choices, parse_config, read_yaml
+from muonrec.config import Config, parse_config, read_yaml
 from muonrec.data.download import fetch
 from muonrec.data.engines import EngineName
 from muonrec.data.events import READERS, AmazonSource, FileSource, MovielensSource
@@ -47,12 +47,13 @@ from muonrec.data.places import Place
 from muonrec.data.rejected import RejectedRows
 from muonrec.data.replacement import put_right, replaced_folder
 from muonrec.data.semantic_ids.build import build_semantic_ids
-from muonrec.data.semantic_ids.config import METHODS, SOURCES, SemanticIdsConfig
+from muonrec.data.semantic_ids.config import SemanticIdsConfig
 from muonrec.data.sequences import EventStore, LeaveOneOut, RatioSplit, Split, Ties
 from muonrec.data.shards import shard_name, write_shards, write_table
 from muonrec.data.synthetic import SyntheticSource, best_possible, read_synthetic
 from muonrec.data.text import OnShare, describe_sources, source_files
 from muonrec.runlog import Progress, configure_logging, run_stage
+from muonrec.settings_help import settings_help
 
 logger = logging.getLogger("pipeline.data")
 
@@ -108,15 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m pipeline.data",
         description="Raw logs to parquet sequences and a manifest.",
-        epilog=f"settings and their defaults:\n{describe(DataConfig, prefix='data.')}\n\n"
-        "sources, by data.source.format, with their settings:\n"
-        + "".join(f"  {line}\n" for line in describe_choices(*get_args(FileSource), SyntheticSource))
-        + "\nitem metadata, by data.items.format, with their settings:\n"
-        + "".join(f"  {line}\n" for line in describe_choices(*get_args(FileItems)))
-        + "\nsemantic IDs, by data.semantic_ids.source.name and data.semantic_ids.method.name, with their settings:\n"
-        + "".join(f"  {line}\n" for line in describe_choices(*SOURCES, *METHODS, key="name"))
-        + f"\nand beside them:\n{describe(SemanticIdsConfig, prefix='data.semantic_ids.')}\n"
-        + "\nexamples:\n"
+        epilog=f"settings and their defaults:\n{settings_help(DataConfig, prefix='data.')}\n\nexamples:\n"
         "  python -m pipeline.data configs/demo/sasrec.yaml\n"
         "  python -m pipeline.data configs/amazon-beauty/sasrec.yaml data.source.path=Beauty.txt data.k_core=10\n"
         "  python -m pipeline.data configs/ml-100k/tiger.yaml data.semantic_ids.method=rqvae\n"

@@ -27,7 +27,7 @@ from rich.table import Table
 from upath import UPath
 
 import muonrec
-from muonrec.config import Config, describe, parse_config, parse_value
+from muonrec.config import Config, parse_config, parse_value
 from muonrec.data.loader import evaluation_batches, evaluation_targets, seen_items
 from muonrec.data.manifest import ITEMS, USERS
 from muonrec.data.places import parquet_of
@@ -39,9 +39,11 @@ from muonrec.report import write_report
 from muonrec.retrieval import Encoder, PopularityEncoder, RankedTargets, rank_by_popularity
 from muonrec.runlog import Progress, configure_logging, run_stage
 from muonrec.runs import METRICS, RANKS, Ranked, read_runs, write_ranks
+from muonrec.settings_help import settings_help
 from pipeline.building import as_read_by
 from pipeline.data import check_same_data
-from pipeline.train import TrainConfig, load_run
+from pipeline.train import load_run
+from pipeline.train_config import TrainConfig
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m pipeline.eval",
         description="Checkpoint to metrics.json, ranks.parquet and report.html in the run's folder.",
-        epilog=f"settings and their defaults:\n{describe(EvalConfig, leave_out=('run',))}\n\n"
+        epilog=f"settings and their defaults:\n{settings_help(EvalConfig, leave_out=('run',))}\n\n"
         "examples:\n"
         "  python -m pipeline.eval out/demo/muon\n"
         "  torchrun --nproc-per-node 2 -m pipeline.eval out/demo/muon 'compare=[out/demo/adamw]'\n"

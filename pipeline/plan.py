@@ -10,7 +10,6 @@ import dataclasses
 import re
 import time
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -32,9 +31,7 @@ from muonrec.embeddings.planning import (
 )
 from muonrec.models import TigerConfig
 from pipeline.building import build_model, semantic_ids_of
-
-if TYPE_CHECKING:
-    from pipeline.train import TrainConfig
+from pipeline.train_config import TrainConfig
 
 _GIB = 2**30
 

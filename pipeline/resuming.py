@@ -5,16 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from muonrec import checkpoint
 from muonrec.config import load_config
 from muonrec.data.manifest import Manifest
 from muonrec.data.semantic_ids import SemanticIds
 from pipeline.data import deciding_settings
-
-if TYPE_CHECKING:
-    from pipeline.train import TrainConfig
+from pipeline.train_config import TrainConfig
 
 # What may differ when a run is resumed: it changes where things are computed or written, not what is learned.
 _MAY_DIFFER = {

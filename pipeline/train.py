@@ -8,179 +8,41 @@ import logging
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
-from pydantic import BeforeValidator, Field, model_validator
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
 from muonrec import checkpoint
 from muonrec.batch import SequenceBatch
-from muonrec.config import Config, describe, load_config, name_only, to_yaml
-from muonrec.data.candidates import Candidates, CandidateSampler
+from muonrec.config import load_config, to_yaml
+from muonrec.data.candidates import CandidateSampler
 from muonrec.data.loader import TrainingBatches, evaluation_batches, seen_items
 from muonrec.data.semantic_ids import SemanticIds
 from muonrec.data.shards import Sequences
-from muonrec.dense_optimizer import AdamWConfig, DenseOptimizerConfig, MuonConfig
 from muonrec.embeddings.comms import CommsConfig
 from muonrec.embeddings.fused import check_tables
 from muonrec.embeddings.joined import AccumulatedStep, JoinedOptimizer, build_optimizer
-from muonrec.embeddings.sharding import DenseSharding, format_plan, shard_model
-from muonrec.embeddings.tables import TableConfig, initialize_tables, table_of
+from muonrec.embeddings.sharding import format_plan, shard_model
+from muonrec.embeddings.tables import initialize_tables, table_of
 from muonrec.generation import rank_held_out
-from muonrec.losses import Loss
 from muonrec.mesh import Ranks, join_ranks
 from muonrec.metrics import ranking_metrics
-from muonrec.models import MODELS, ModelConfig, SASRecConfig, TigerConfig, scorer_of
+from muonrec.models import TigerConfig, scorer_of
 from muonrec.optim import Schedule, format_routing
 from muonrec.runlog import Clock, RunLog, Stopwatch, configure_logging, peak_memory_bytes, run_stage
+from muonrec.settings_help import settings_help
 from muonrec.supervision import Supervision
 from pipeline.building import as_read_by, build_model, load_data, make_tokenizer, semantic_ids_of
-from pipeline.data import DataConfig, check_same_data
+from pipeline.data import check_same_data
 from pipeline.fingerprints import record_fingerprints
 from pipeline.plan import parse_ranks, parse_rows, print_plan
 from pipeline.resuming import check_output, check_same_codes, check_trained_on, choose_checkpoints, first_items
 from pipeline.spectra import Spectra
+from pipeline.train_config import TrainConfig
 
 logger = logging.getLogger(__name__)
-
-
-class ScheduleConfig(Config):
-    """Multiplier of a learning rate over the run's steps; the fractions are of those steps."""
-
-    name: Literal["constant", "cosine", "warmup_stable_decay"] = "cosine"
-    warmup_fraction: float = Field(default=0.05, ge=0, le=1)
-    final_fraction: float = Field(default=0.1, ge=0, le=1)
-    decay_fraction: float = Field(default=0.2, gt=0, le=1)
-
-    def over(self, num_steps: int) -> Schedule:
-        """The schedule of a run of ``num_steps``."""
-        return Schedule(
-            self.name,
-            warmup_steps=round(self.warmup_fraction * num_steps),
-            num_steps=num_steps,
-            final_fraction=self.final_fraction,
-            decay_fraction=self.decay_fraction,
-        )
-
-
-class LossConfig(Config):
-    """The loss and what the targets compete with."""
-
-    name: Loss = "sampled_softmax"
-    negatives: Literal["uniform", "popularity", "mixed"] = "uniform"
-    num_negatives: int = Field(default=256, ge=1)
-    temperature: float = Field(default=1.0, gt=0)
-
-    @property
-    def candidates(self) -> Candidates:
-        """How the loader draws the candidates."""
-        by_loss: Mapping[Loss, Candidates] = {
-            "full_softmax": "all",
-            "in_batch_softmax": "in_batch",
-            "bce": "per_target",
-            "token_softmax": "none",
-        }
-        return by_loss.get(self.name, self.negatives)
-
-
-class ValidationConfig(Config):
-    """When the model is validated and on whom; ``patience`` validations without a gain stop the run (0: never).
-
-    ``mask_seen`` leaves out what a user has had before, as the eval stage does by its own setting.
-    """
-
-    every_steps: int = Field(default=200, ge=1)
-    max_users: int | None = Field(default=5000, ge=1)
-    mask_seen: bool = False
-    batch_size: int = Field(default=512, ge=1)
-    patience: int = Field(default=0, ge=0)
-
-
-class CheckpointConfig(Config):
-    """When a checkpoint is written, and how many are kept beside the best one; with two, one may be damaged.
-
-    ``asynchronous`` goes on training while a copy of the state, in host memory, is written.
-    """
-
-    every_steps: int = Field(default=500, ge=1)
-    keep: int = Field(default=2, ge=1)
-    asynchronous: bool = False
-
-
-class TrainConfig(Config):
-    """One experiment. ``batch_size`` counts users of the global batch; give ``num_epochs`` or ``num_steps``.
-
-    Attributes:
-        init_from: a run, a checkpoint or a safetensors file to take the weights from, and from the first two the state
-            of the tables; steps are counted from 0 and the dense optimizers start afresh. Where this data set extends
-            the one it was trained on, over any number of `data.extends`, the tables grow: known items keep their rows
-            and state, new ones start as in a new model.
-        accumulate_steps: micro-batches that a global batch is computed in. The dense gradients are those of the whole
-            batch. FBGEMM updates its tables in the backward pass, hence at every micro-batch, by that one's part of the
-            batch's gradient; with row-wise Adagrad that is not the update of the sum.
-        routing: ``[pattern, optimizer]`` in order, for parameters whose role should not decide; ``muon_whole`` is Muon
-            on a fused matrix (a GRU's gates, q, k and v) as it stands, and not in the blocks that its role knows.
-        precision: ``bf16`` runs the forward pass under `torch.autocast`; weights, optimizers and tables stay float32.
-            There is no fp16: it needs a GradScaler, and the fused tables would take the scaled gradients.
-        fingerprints: write ``fingerprints.json``, hashes of the initial weights and of the data's order, that
-            `pipeline.compare` checks.
-        spectra_every_steps: write ``spectra.jsonl``, singular values of the tower's matrices and of their updates; 0:
-            never.
-    """
-
-    output: Path
-    init_from: Path | None = None
-    seed: int = Field(default=0, ge=0)
-    data: DataConfig
-    model: ModelConfig = SASRecConfig()
-    loss: Annotated[LossConfig, BeforeValidator(name_only)] = LossConfig()
-    tables: dict[str, TableConfig]
-    comms: CommsConfig = CommsConfig()
-    dense_optimizer: DenseOptimizerConfig = MuonConfig()
-    adamw: AdamWConfig = AdamWConfig()
-    routing: list[tuple[str, Literal["muon", "muon_whole", "adamw"]]] = []
-    schedule: Annotated[ScheduleConfig, BeforeValidator(name_only)] = ScheduleConfig()
-    schedules: dict[Literal["tables", "dense", "adamw"], ScheduleConfig] = {}
-    max_grad_norm: float | None = Field(default=None, gt=0)
-    dense_sharding: DenseSharding = "ddp"
-    batch_size: int = Field(default=256, ge=1)
-    num_streams: int = Field(default=32, ge=1)
-    accumulate_steps: int = Field(default=1, ge=1)
-    precision: Literal["fp32", "bf16"] = "fp32"
-    num_epochs: int | None = Field(default=None, ge=1)
-    num_steps: int | None = Field(default=None, ge=1)
-    validation: ValidationConfig = ValidationConfig()
-    checkpoints: CheckpointConfig = CheckpointConfig()
-    log_every_steps: int = Field(default=10, ge=1)
-    tensorboard: bool = True
-    fingerprints: bool = False
-    spectra_every_steps: int = Field(default=0, ge=0)
-
-    @model_validator(mode="after")
-    def _one_length(self) -> TrainConfig:
-        if (self.num_epochs is None) == (self.num_steps is None):
-            raise ValueError(f"give num_epochs or num_steps, one of them; found {self.num_epochs} and {self.num_steps}")
-        return self
-
-    @model_validator(mode="after")
-    def _loss_of_the_model(self) -> TrainConfig:
-        taken = MODELS[self.model.name].losses
-        if self.loss.name not in taken:
-            raise ValueError(
-                f"model {self.model.name} learns by {' or '.join(taken)}, found loss {self.loss.name}; set loss.name"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _whole_micro_batches(self) -> TrainConfig:
-        if self.accumulate_steps > 1 and self.batch_size % (self.accumulate_steps * self.num_streams):
-            raise ValueError(
-                f"batch_size {self.batch_size} is not a multiple of accumulate_steps {self.accumulate_steps} times "
-                f"num_streams {self.num_streams}; change one of them"
-            )
-        return self
 
 
 # Which entry of ``schedules`` each part of the optimizer follows.
@@ -197,8 +59,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m pipeline.train",
         description=__doc__,
-        epilog=f"settings and their defaults:\n{describe(TrainConfig, leave_out=('data',))}\n\n"
-        "examples:\n"
+        epilog=f"settings and their defaults, beside those of python -m pipeline.data:\n"
+        f"{settings_help(TrainConfig, leave_out=('data',))}\n\nexamples:\n"
         "  torchrun --nproc-per-node 2 -m pipeline.train configs/demo/sasrec.yaml\n"
         "  torchrun --nproc-per-node 2 -m pipeline.train configs/demo/sasrec.yaml dense_optimizer=adamw output=out/a\n"
         "  torchrun --nproc-per-node 2 -m pipeline.train CONFIG data.output=out/data/day2 data.extends=out/data/day1 \\"

@@ -11,7 +11,8 @@ import torch.distributed as dist
 from muonrec import checkpoint
 from muonrec.checkpoint import writing
 from muonrec.config import load_config
-from pipeline.train import TrainConfig, train
+from pipeline.train import train
+from pipeline.train_config import TrainConfig
 from tests.distributed.ranks import run_on_ranks
 from tests.embeddings.test_sharding import joined, sharded, whole
 from tests.pipeline import test_train

@@ -7,7 +7,7 @@ import re
 import pytest
 import yaml
 
-from muonrec.config import describe, load_config, parse_config, read_yaml
+from muonrec.config import load_config, parse_config, read_yaml
 from pipeline.data import DataConfig
 
 SOURCE = {"format": "csv", "path": "log.csv"}
@@ -82,10 +82,3 @@ def test_a_file_that_is_no_config_is_refused(tmp_path, content, message):
         path.write_bytes(content)
     with pytest.raises(ValueError, match=re.escape(message)):
         load_config(DataConfig, path)
-
-
-def test_the_help_lists_every_setting_with_its_default():
-    lines = describe(DataConfig, prefix="data.").splitlines()
-    assert len(lines) == len(DataConfig.model_fields)
-    assert lines[0].split() == ["data.source", "required"]
-    assert [line.split()[1] for line in lines if "num_shards" in line] == ["16"]

@@ -14,7 +14,8 @@ from muonrec.checkpoint.marker import record_files
 from muonrec.config import load_config
 from muonrec.mesh import Ranks
 from muonrec.supervision import Lease, Superseded
-from pipeline.train import Run, TrainConfig, train
+from pipeline.train import Run, train
+from pipeline.train_config import TrainConfig
 from tests.distributed.ranks import run_on_ranks
 from tests.pipeline import test_train
 from tests.pipeline.test_train import config_file, losses, this_rank, train_from

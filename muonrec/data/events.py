@@ -51,21 +51,34 @@ _BATCH_ROWS = 2**18
 
 
 class SequencesSource(Config):
-    """A line per user: the user's id, then the ids of the items in order. Such files have no times."""
+    """A line per user: the user's id, then the ids of the items in order. Such files have no times.
+
+    Attributes:
+        path: the file, which may be compressed, or a glob, whose files are read in order of name.
+    """
 
     format: Literal["sequences"]
     path: str
 
 
 class JsonSequencesSource(Config):
-    """One JSON object: user id -> ids of the items in order. Such files have no times, and are read as a whole."""
+    """One JSON object: user id -> ids of the items in order. Such files have no times, and are read as a whole.
+
+    Attributes:
+        path: as of ``sequences``.
+    """
 
     format: Literal["json_sequences"]
     path: str
 
 
 class ColumnNames(Config):
-    """How the source names its columns; ``timestamp_s: null`` says that it has no time and rows are in order."""
+    """How the source names its columns.
+
+    Attributes:
+        user_id, item_id: of the ids, which may be anything.
+        timestamp_s: of the time; null: it has none, and rows are in order.
+    """
 
     user_id: str = "user_id"
     item_id: str = "item_id"
@@ -73,7 +86,13 @@ class ColumnNames(Config):
 
 
 class RecboleSource(Config):
-    """A RecBole atomic file (``.inter``): tab-separated, the header names each column as ``name:type``."""
+    """A RecBole atomic file (``.inter``): tab-separated, the header names each column as ``name:type``.
+
+    Attributes:
+        path: as of ``sequences``.
+        columns: what the source calls them.
+        timestamp_unit: seconds or milliseconds.
+    """
 
     format: Literal["recbole"]
     path: str
@@ -82,7 +101,14 @@ class RecboleSource(Config):
 
 
 class CsvSource(Config):
-    """Delimited text with a header; ``path`` may be a glob, whose files are read in order of name."""
+    """Delimited text with a header.
+
+    Attributes:
+        path: as of ``sequences``.
+        columns: what the source calls them.
+        timestamp_unit: seconds or milliseconds.
+        delimiter: one character.
+    """
 
     format: Literal["csv"]
     path: str
@@ -92,7 +118,13 @@ class CsvSource(Config):
 
 
 class ParquetSource(Config):
-    """Parquet; ``path`` may be a glob, whose files are read in order of name. Arrow timestamps need no unit."""
+    """Parquet.
+
+    Attributes:
+        path: the file, or a glob, whose files are read in order of name.
+        columns: what the source calls them.
+        timestamp_unit: seconds or milliseconds; Arrow timestamps need none.
+    """
 
     format: Literal["parquet"]
     path: str
@@ -101,9 +133,10 @@ class ParquetSource(Config):
 
 
 class AmazonSource(Config):
-    """Amazon Reviews as published: ratings (``.csv``) or reviews (JSON lines), also compressed; ``path`` may be a glob.
+    """Amazon Reviews as published: ratings (``.csv``) or reviews (JSON lines), also compressed.
 
     Attributes:
+        path: as of ``sequences``.
         download: file to fetch to ``path`` where that is missing, by its name at the official place
             (`muonrec.data.download.PLACES`), such as ``reviews_Beauty_5.json.gz``; null: never.
         accept_terms: the publishers' terms are known and accepted; needed where they ask for it.
@@ -119,6 +152,7 @@ class MovielensSource(Config):
     """MovieLens as published: ``ratings.csv``, ``ratings.dat`` (1M, 10M) or ``u.data`` (100K), also compressed.
 
     Attributes:
+        path: the file.
         download: archive to fetch and take ``path`` from where that is missing, such as ``ml-1m.zip``; null: never.
         accept_terms: the publishers' terms are known and accepted; else they are asked for on a terminal.
     """

@@ -77,7 +77,12 @@ _GENRES_100K = (
 
 
 class ItemColumns(Config):
-    """How the source names its columns; null: by the same name, if it has such a column at all."""
+    """How the source names its columns.
+
+    Attributes:
+        item_id: of the ids, as the log has them.
+        title, brand, categories, features, description, price: null: by the same name, if it has such a column at all.
+    """
 
     item_id: str = "item_id"
     title: str | None = None
@@ -92,6 +97,8 @@ class RecboleItems(Config):
     """A RecBole atomic file (``.item``): tab-separated, the header names each column as ``name:type``.
 
     Attributes:
+        path: the file, which may be compressed, or a glob.
+        columns: what the source calls them.
         separator: of the parts of ``categories`` and ``features``.
     """
 
@@ -102,9 +109,12 @@ class RecboleItems(Config):
 
 
 class CsvItems(Config):
-    """Delimited text with a header; ``path`` may be a glob.
+    """Delimited text with a header.
 
     Attributes:
+        path: the file, which may be compressed, or a glob.
+        columns: what the source calls them.
+        delimiter: one character.
         separator: of the parts of ``categories`` and ``features``.
     """
 
@@ -116,7 +126,12 @@ class CsvItems(Config):
 
 
 class ParquetItems(Config):
-    """Parquet; ``path`` may be a glob. ``categories`` and ``features`` may be lists."""
+    """Parquet, where ``categories`` and ``features`` may be lists.
+
+    Attributes:
+        path: the file, or a glob.
+        columns: what the source calls them.
+    """
 
     format: Literal["parquet"]
     path: str
@@ -127,6 +142,7 @@ class AmazonItems(Config):
     """``meta_*.json`` of Amazon Reviews 2014 and 2018 or ``meta_*.jsonl`` of 2023, also compressed.
 
     Attributes:
+        path: the file, or a glob.
         download: file to fetch to ``path`` where that is missing, such as ``meta_Beauty.json.gz``; null: never.
         accept_terms: as for the log.
     """
@@ -141,6 +157,7 @@ class MovielensItems(Config):
     """``movies.csv``, ``movies.dat`` (1M, 10M) or ``u.item`` (100K) of MovieLens, also compressed.
 
     Attributes:
+        path: the file.
         download: archive to fetch and take ``path`` from where that is missing, such as ``ml-1m.zip``; null: never.
         accept_terms: as for the log.
     """

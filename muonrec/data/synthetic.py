@@ -33,7 +33,10 @@ class SyntheticSource(Config):
 
     Attributes:
         seed: of the law and of the users.
-        events_per_user: mean; lengths are ``min_events_per_user`` plus a geometric number, cut at ten times the mean.
+        num_users, num_items: of the log; some items may have no event.
+        num_clusters: groups of items; a user's taste is for one at a time.
+        events_per_user, min_events_per_user: mean and least; lengths are the least plus a geometric number, cut at ten
+            times the mean.
         transition_probability, taste_probability: shares of the two kinds of events; the rest is popular items. The
             first event has no item before it: its transition share goes to the other two in proportion.
         transition_order: 1 or 2 items that a transition depends on. With 2 there are num_items^2 contexts to learn.

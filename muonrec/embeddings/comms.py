@@ -26,15 +26,13 @@ class CommsConfig(Config):
     """In what precision the all-to-alls and reduce-scatters of the tables carry their numbers.
 
     TorchRec has fp8 and mx4 as well. They are not offered: in TorchRec 1.8 the first wants two dimensions where
-    sequences have one, and the second miscounts shards of columns.
+    sequences have one, and the second miscounts shards of columns. ``bf16`` needs CUDA, since gloo has none. ``int8``
+    is for all-to-alls alone and for shards whose columns are a multiple of 32.
 
-    Args:
+    Attributes:
         forward: of the rows, or sums of rows, that go back to those who asked.
         backward: of their gradients. ``fp16`` clamps them to 65,504; there is no loss scale, since the loss is a mean
             over the global batch's targets.
-
-    ``bf16`` needs CUDA, since gloo has none. ``int8`` is for all-to-alls alone and for shards whose columns are a
-    multiple of 32.
     """
 
     forward: Precision = "fp32"

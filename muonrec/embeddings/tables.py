@@ -48,7 +48,7 @@ def _known_sharding(value: str | tuple[str, ...]) -> str | tuple[str, ...]:
 class TableConfig(Config):
     """How one table is initialised, sharded and updated.
 
-    Args:
+    Attributes:
         optimizer: by FBGEMM inside the backward pass: ``rowwise_adagrad``, ``adagrad``, ``sgd``, and on CUDA
             ``partial_rowwise_adam`` (one second moment per row) and ``adam``. On a CPU, where FBGEMM has neither,
             ``partial_rowwise_adam`` is ours, see `muonrec.embeddings.rowwise_adam`, and ``adam`` is refused.
@@ -59,20 +59,20 @@ class TableConfig(Config):
         weight_decay_mode: ``decoupled`` shrinks the row by lr x weight_decay; ``l2`` adds weight_decay x row to the
             gradient, by row-wise Adagrad alone.
         max_gradient: each element of the gradient of a looked-up row is clamped to this size, before those of one row
-            are added up; None to leave it alone.
+            are added up; null: it is left alone.
         sharding: one type, or a list of those that TorchRec's planner may choose from; ``auto`` is row-, table- and
             column-wise. ``table_row_wise`` (the rows over one node's ranks), ``grid_shard`` (columns over nodes, their
             rows over a node's ranks) and ``table_column_wise`` are for an `EmbeddingBagCollection`. ``data_parallel``
             is refused: FBGEMM fuses no optimizer into a replicated table, its gradient is as large as the table, and a
             table small enough to be copied is as well held by one rank.
-        min_partition: least columns of a shard, by ``column_wise``, ``table_column_wise`` and ``grid_shard``; None for
+        min_partition: least columns of a shard, by ``column_wise``, ``table_column_wise`` and ``grid_shard``; null:
             TorchRec's choice.
         memory: ``hbm`` keeps the rows on the device. On CUDA alone, ``uvm_caching`` keeps them in host memory behind a
             cache on the device, and ``uvm`` without one. Row-wise state stays on the device; state per element follows
             the rows.
         cache_load_factor: rows of the cache, as a share of the table's; tables of one kernel share one cache, of their
             mean share.
-        data_type: of the rows; None as the model's own `EmbeddingConfig` says, fp32 in the models here. They come back
+        data_type: of the rows; null: as the model's own `EmbeddingConfig` says, fp32 in the models here. They come back
             as float32, and the state is float32, whatever they are. ``bf16`` needs CUDA.
         stochastic_rounding: of fp16 and bf16 rows when they are updated, on CUDA. A CPU rounds to the nearest, so
             there it must be turned off.

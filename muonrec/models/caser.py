@@ -17,6 +17,14 @@ class CaserConfig(Config):
 
     There is no embedding of the user: a user's row learns nothing that the events do not say, has to be trained for
     each new one, and cannot be had for users the training never saw.
+
+    Attributes:
+        embedding_dim: width of the events, and of the table's rows.
+        window: events an event knows, itself included; the paper's L.
+        num_horizontal: horizontal kernels of each height from 1 to ``window``.
+        num_vertical: vertical kernels.
+        dropout: of the features that the convolutions give.
+        max_length: events of a user that are read, the latest.
     """
 
     name: Literal["caser"] = "caser"

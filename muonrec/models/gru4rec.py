@@ -15,7 +15,13 @@ from muonrec.towers.gru import GRUTower
 class GRU4RecConfig(Config):
     """Settings of GRU4Rec. Items are scored by the rows they are read by, as in the paper's later version (2018).
 
-    ``dropout`` is of the embedded events, ``hidden_dropout`` of the hidden states, between layers and of the last.
+    Attributes:
+        embedding_dim: width of the events, and of the table's rows.
+        hidden_dim: width of the recurrence; where it is another, a linear layer leads back.
+        num_layers: of GRUs.
+        dropout: of the embedded events.
+        hidden_dropout: of the hidden states, between layers and of the last.
+        max_length: events of a user that are read, the latest.
     """
 
     name: Literal["gru4rec"] = "gru4rec"

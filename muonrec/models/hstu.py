@@ -19,11 +19,22 @@ logger = logging.getLogger(__name__)
 
 
 class HSTUConfig(Config):
-    """Settings of HSTU; names as in its public code, where ``linear_dim`` and ``attention_dim`` are of one head.
+    """Settings of HSTU; names as in its public code.
 
-    ``time_bias`` adds the relative time bias to that of positions: None where the data set has times, True or an error.
-    ``normalize`` scales hidden states and items to length 1, as the paper's experiments do; the loss then wants a
-    ``temperature`` of about 0.05. ``scale_input`` multiplies the rows that are read by sqrt(D), as its code does.
+    Attributes:
+        embedding_dim: width of the events, and of the table's rows.
+        num_layers: blocks.
+        num_heads: attention heads of a block.
+        linear_dim: width of u and v, of each head.
+        attention_dim: width of q and k, of each head.
+        dropout: of the embedded events and of what each block's output layer reads.
+        attention_dropout: of the attention's weights.
+        max_length: events of a user that are read, the latest.
+        positions: counted from the latest event or from the first that is read.
+        time_bias: add the relative time bias to that of positions; null: where the data set has times.
+        normalize: scale hidden states and items to length 1, as the paper's experiments do; the loss then wants a
+            ``temperature`` of about 0.05.
+        scale_input: multiply the rows that are read by sqrt(``embedding_dim``), as its code does.
     """
 
     name: Literal["hstu"] = "hstu"

@@ -15,7 +15,16 @@ from muonrec.towers.transformer import Norm, Positions, TransformerTower
 class SASRecConfig(Config):
     """Settings of SASRec; the defaults are the paper's widths with the norm moved inside (pre-norm).
 
-    ``scale_input`` multiplies the rows that are read by sqrt(D), as the paper's code does.
+    Attributes:
+        embedding_dim: width of the events, and of the table's rows.
+        num_layers: blocks.
+        num_heads: attention heads of a block.
+        feedforward_dim: width of the feed-forward layer; the paper's is ``embedding_dim``.
+        dropout: of the embedded events, of attention and of each residual branch.
+        max_length: events of a user that are read, the latest.
+        norm: before attention and feed-forward layer, or after them as in the paper.
+        positions: counted from the latest event or from the first that is read.
+        scale_input: multiply the rows that are read by sqrt(``embedding_dim``), as the paper's code does.
     """
 
     name: Literal["sasrec"] = "sasrec"

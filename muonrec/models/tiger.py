@@ -21,12 +21,22 @@ from muonrec.towers.encoder_decoder import DecoderState, EncoderDecoderTower
 
 
 class TigerConfig(Config):
-    """Settings of TIGER; the defaults are the paper's, whose encoder and decoder have ``num_layers`` each.
+    """Settings of TIGER; the defaults are the paper's.
 
-    ``samples``: the paper reads every prefix of a user's events anew, by an encoder that looks both ways; ``users``
-    reads all of them once, by a causal encoder, and predicts each from those before it, at a fraction of the work.
-    ``attention_dropout``: None for ``dropout``; 0 has torch's fused attention on a CPU, a step in a third of the time.
-    ``num_user_tokens``: users share so many. ``num_beams``: items of a generated list, unless the stage says.
+    Attributes:
+        embedding_dim: width of the codes' embeddings, and of the hidden states.
+        num_layers: blocks of the encoder, and of the decoder.
+        num_heads: attention heads of a block.
+        head_dim: width of each; null: ``embedding_dim`` divided by ``num_heads``.
+        feedforward_dim: width of the feed-forward layers.
+        dropout: of the embeddings, of attention and of each residual branch.
+        attention_dropout: null for ``dropout``; 0 has torch's fused attention on a CPU, a step in a third of the time.
+        max_length: events of a user that are read, the latest.
+        samples: the paper reads every prefix of a user's events anew, by an encoder that looks both ways; ``users``
+            reads all of them once, by a causal encoder, and predicts each from those before it, at a fraction of the
+            work.
+        num_user_tokens: users share so many.
+        num_beams: prefixes that the search keeps, and items of a generated list, unless the stage says.
     """
 
     name: Literal["tiger"] = "tiger"

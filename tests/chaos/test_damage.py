@@ -15,7 +15,8 @@ from muonrec.checkpoint.marker import MARKER
 from muonrec.checkpoint.weights import local_pieces
 from muonrec.checkpoint.writing import flat, state_of
 from muonrec.config import load_config
-from pipeline.train import Run, TrainConfig
+from pipeline.train import Run
+from pipeline.train_config import TrainConfig
 from tests.chaos.starts import SEED
 from tests.distributed.ranks import run_on_ranks
 from tests.pipeline import test_train

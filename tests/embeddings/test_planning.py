@@ -28,7 +28,8 @@ from muonrec.optim import DistributedMuon, exchange
 from muonrec.optim.ownership import newton_schulz_cost
 from muonrec.towers.transformer import TransformerTower
 from pipeline.plan import estimate_workload, format_report, print_plan
-from pipeline.train import TrainConfig, main
+from pipeline.train import main
+from pipeline.train_config import TrainConfig
 from tests.distributed.ranks import run_on_ranks
 from tests.embeddings.test_sharding import this_rank
 

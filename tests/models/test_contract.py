@@ -25,7 +25,8 @@ from muonrec.data.semantic_ids.stored import load_raw_ids
 from muonrec.data.synthetic import SyntheticSource
 from muonrec.models import MODELS
 from pipeline.data import DataConfig, build_dataset
-from pipeline.train import Run, TrainConfig, make_loader, train
+from pipeline.train import Run, make_loader, train
+from pipeline.train_config import TrainConfig
 from tests.distributed.ranks import run_on_ranks
 from tests.embeddings.test_sharding import this_rank
 

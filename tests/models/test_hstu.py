@@ -15,7 +15,8 @@ from muonrec.models import HSTUConfig, ShardedEncoder
 from muonrec.optim.update import Split
 from muonrec.towers import hstu
 from pipeline.data import DataConfig, build_dataset
-from pipeline.train import Run, TrainConfig, load_run
+from pipeline.train import Run, load_run
+from pipeline.train_config import TrainConfig
 from tests.distributed.ranks import run_on_ranks
 from tests.embeddings.test_sharding import whole
 from tests.pipeline.test_train import config_file, losses, this_rank, train_from

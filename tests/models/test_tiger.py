@@ -16,7 +16,8 @@ from muonrec.data.semantic_ids.stored import load_raw_ids
 from pipeline.data import DataConfig, build_dataset
 from pipeline.plan import print_plan
 from pipeline.resuming import check_same_codes
-from pipeline.train import Run, TrainConfig, train
+from pipeline.train import Run, train
+from pipeline.train_config import TrainConfig
 from tests.distributed.ranks import run_on_ranks
 from tests.embeddings.test_sharding import this_rank
 

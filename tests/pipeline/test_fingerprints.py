@@ -12,7 +12,8 @@ from muonrec.mesh import Ranks
 from muonrec.runs import FINGERPRINTS
 from pipeline.data import DataConfig, build_dataset
 from pipeline.fingerprints import record_fingerprints
-from pipeline.train import TrainConfig, make_loader, make_model
+from pipeline.train import make_loader, make_model
+from pipeline.train_config import TrainConfig
 from tests.distributed.ranks import run_on_ranks
 
 ALONE = Ranks(0, 1, torch.device("cpu"))

@@ -19,7 +19,8 @@ from muonrec.data.synthetic import SyntheticSource
 from pipeline.data import DataConfig, build_dataset
 from pipeline.export import export
 from pipeline.resuming import choose_checkpoints
-from pipeline.train import Run, TrainConfig, load_run, make_model, train
+from pipeline.train import Run, load_run, make_model, train
+from pipeline.train_config import TrainConfig
 from tests.distributed.ranks import run_on_ranks
 from tests.embeddings.test_sharding import this_rank, whole
 

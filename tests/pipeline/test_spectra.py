@@ -13,7 +13,8 @@ from muonrec.mesh import Ranks
 from muonrec.runs import SPECTRA
 from pipeline.data import DataConfig, build_dataset
 from pipeline.spectra import Spectra
-from pipeline.train import TrainConfig, train
+from pipeline.train import train
+from pipeline.train_config import TrainConfig
 from tests.distributed.ranks import run_on_ranks
 
 

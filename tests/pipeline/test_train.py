@@ -26,7 +26,8 @@ from muonrec.models import SASRec, SASRecConfig
 from muonrec.runlog import Clock
 from pipeline import export
 from pipeline.data import DataConfig, build_dataset
-from pipeline.train import Run, TrainConfig, load_run, train
+from pipeline.train import Run, load_run, train
+from pipeline.train_config import TrainConfig
 from tests.chaos.starts import Start, TorchrunStart
 from tests.distributed.ranks import run_on_ranks
 from tests.embeddings.test_sharding import whole

@@ -5,7 +5,7 @@ import yaml
 
 from muonrec import checkpoint
 from muonrec.config import load_config
-from pipeline.train import TrainConfig
+from pipeline.train_config import TrainConfig
 from tests.distributed.ranks import run_on_ranks
 from tests.pipeline.test_resuming import listening
 from tests.pipeline.test_train import config_file, dataset, losses, refusal, train_from

@@ -108,7 +108,8 @@ class RqVae(Config):
         optimizer: of the matrices of encoder and decoder: ``muon`` or ``adamw``, with their settings.
         adamw: of codebooks and biases.
         batch_size: items of a step.
-        num_epochs: it ends before where ``patience`` epochs bring no better reconstruction; the best one stands.
+        num_epochs, patience: it ends before where ``patience`` epochs bring no better reconstruction; the best one
+            stands.
         kmeans_rounds: of the k-means that the codebooks start from.
     """
 
@@ -138,7 +139,7 @@ FILES = ("path", "ids")  # settings of a source that name files: what they hold 
 
 
 class SemanticIdsConfig(Config):
-    """Section ``data.semantic_ids``.
+    """Codes of every item, section ``data.semantic_ids``.
 
     Attributes:
         source: what the codes are made of, by ``name``.
