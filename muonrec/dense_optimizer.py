@@ -12,22 +12,23 @@ from muonrec.config import Config, name_only
 class MuonConfig(Config):
     """Muon on matrices; names and meaning as `muonrec.optim.Muon`, hence as `torch.optim.Muon`.
 
-    Blocks of fused matrices come from their roles, see ``routing``.
+    Fused matrices of a tower are taken in blocks, by their roles; ``muon_whole`` in ``routing`` takes one as it stands.
 
     Attributes:
         lr: learning rate, scaled by the shape of each matrix, see ``adjust_lr_fn``.
-        weight_decay: decoupled, times ``lr``.
+        weight_decay: decoupled, times ``lr`` as scheduled, whatever the shape.
         momentum: how much of the running average of gradients is kept each step.
         nesterov: orthogonalize the average moved one more step towards the gradient.
         ns_steps: Newton-Schulz iterations.
-        ns_coefficients: Jordan's, with which every published rate was found, or Polar Express, which ends nearer to
+        ns_coefficients: Jordan's, with which most published rates were found, or Polar Express, which ends nearer to
             singular values of 1.
         ns_gram: iterate on the Gram matrix of what is more than twice as long as wide: faster, rounds otherwise.
-        normuon_beta2: 0.95 makes it NorMuon (arXiv 2510.05491).
+        normuon_beta2: 0.95 makes it NorMuon (arXiv 2510.05491); null: plain Muon.
         cautious_weight_decay: decay only what the update does not move away from zero (arXiv 2510.12402).
-        adjust_lr_fn: ``match_rms_adamw`` gives an update the size of AdamW's (Liu et al. 2025), so that one range of
-            rates serves both; ``original`` is Jordan's sqrt(max(1, rows / columns)), ``spectral_unclamped``
-            sqrt(rows / columns), smaller by 0.2 sqrt(columns) and more.
+        adjust_lr_fn: what the rate is multiplied by, for each block. ``match_rms_adamw``: 0.2 sqrt(max(rows, columns)),
+            an update the size of AdamW's (Liu et al. 2025), so that one range of rates serves both. ``original``,
+            Jordan's: sqrt(max(1, rows / columns)), which is that divided by 0.2 sqrt(columns). ``spectral_unclamped``:
+            sqrt(rows / columns), the same but for wide matrices, where it is less.
     """
 
     name: Literal["muon"] = "muon"

@@ -65,9 +65,12 @@ def _block(
         listed: headings of the sections that are, and the defaults they were listed with; they are added.
     """
     fields = {name: field for name, field in cls.model_fields.items() if name not in leave_out}
-    defaults = {name: getattr(chosen, name) if chosen else field.get_default() for name, field in fields.items()}
+    defaults = {name: value for name, value in _defaults(chosen or cls).items() if name in fields}
     listed[cls] = (listed.get(cls, (prefix.removesuffix("."), {}))[0], defaults)
-    meaning_after = {names[-1]: meaning for names, meaning in meanings(cls)[1].items()}
+    meaning_after = {
+        names[-1]: f"{', '.join(names)}: {meaning}" if len(names) > 1 else meaning
+        for names, meaning in meanings(cls)[1].items()
+    }
     width = max((len(prefix + name) for name in fields), default=0)
     for name, field in fields.items():
         first, *further = textwrap.wrap(_value(field.annotation, defaults[name]), _COLUMNS - width - 4) or [""]
@@ -84,7 +87,7 @@ def _block(
             there = defaults[name] if isinstance(defaults[name], kind) else None
             yield ""
             if kind in listed:
-                yield from _indented(f"{heading}: settings {_as_listed(*listed[kind], there)}", 0)
+                yield from _indented(f"{heading}: {_as_listed(*listed[kind], _defaults(there or kind))}", 0)
             else:
                 listed[kind] = (heading, {})
                 yield heading
@@ -93,9 +96,16 @@ def _block(
                 yield from _block(kind, f"{path}.", (key,), owner=name_here, chosen=there, listed=listed)
 
 
-def _as_listed(heading: str, defaults: dict[str, Any], there: Config | None) -> str:
-    other = {name: getattr(there, name) for name in defaults if there and getattr(there, name) != defaults[name]}
-    return f"as of {heading}" + (f", but {_as_yaml(other)[1:-1]}" if other else "")
+def _defaults(section: Config | type[Config]) -> dict[str, Any]:
+    """By name; what has none is `PydanticUndefined`."""
+    if isinstance(section, Config):
+        return {name: getattr(section, name) for name in type(section).model_fields}
+    return {name: field.get_default(call_default_factory=True) for name, field in section.model_fields.items()}
+
+
+def _as_listed(heading: str, listed: dict[str, Any], defaults: dict[str, Any]) -> str:
+    other = {name: defaults[name] for name in listed if defaults[name] != listed[name]}
+    return f"as under '{heading}'" + (f", but for {_as_yaml(other)[1:-1]}" if other else "")
 
 
 def _path_below(path: str, annotation: Any) -> str:
@@ -108,13 +118,13 @@ def _path_below(path: str, annotation: Any) -> str:
 
 def _value(annotation: Any, default: Any) -> str:
     """The default, of a section its name, and what else the setting may be."""
+    choices = _choices_in(annotation)
     if isinstance(default, Config):
-        key, _ = choices_of(type(default))
-        shown = str(getattr(default, key)) if key else "see below"
+        shown = str(getattr(default, choices_of(type(default))[0])) if len(choices) > 1 else "see below"
     else:
         shown = "required" if default is PydanticUndefined else _as_yaml(default)
-    others = [choice for choice in _choices_in(annotation) if choice != shown]
-    if not others:
+    others = [choice for choice in choices if choice != shown]
+    if not others or len(choices) == 1:
         return shown
     return f"{shown}: {', '.join(others)}" if shown == "required" else f"{shown} (or {', '.join(others)})"
 
@@ -127,6 +137,8 @@ def _as_yaml(value: Any) -> str:
 def _choices_in(annotation: Any) -> list[str]:
     if get_origin(annotation) is Literal:
         return [str(choice) for choice in get_args(annotation)]
+    if annotation is bool:
+        return ["true", "false"]
     if isinstance(annotation, type) and issubclass(annotation, Config):
         return list(choices_of(annotation)[1])
     if get_origin(annotation) in (dict, list, tuple):

@@ -64,12 +64,12 @@ class DataConfig(Config):
     """Section ``data``.
 
     Attributes:
-        source: where the events come from, by ``format``.
+        source: where the events come from; ``format`` says of which kind it is.
         output: folder of the data set, or its URL on an object store (``s3://BUCKET/data``, of any fsspec file system).
         work: folder where a data set for an object store is built, which Spark's nodes must share; null: the system's
             temporary one. Other data sets are built beside the output.
-        items: where the items' titles, categories, texts, ... come from, by ``format``; null: nowhere. They stand in
-            items.parquet and change nothing else.
+        items: where the items' titles, categories, texts, ... come from, by ``format``, too; null: nowhere. They stand
+            in items.parquet and change nothing else.
         extends: folder of an earlier data set, whose users and items keep their rows so that a model of it goes on
             with this one; new ones are appended. The source is the log to train on now, with or without the old events.
         max_rejected_share: rows that may be no events; all are listed beside the output. One in a thousand is less
@@ -109,7 +109,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m pipeline.data",
         description="Raw logs to parquet sequences and a manifest.",
-        epilog=f"settings and their defaults:\n{settings_help(DataConfig, prefix='data.')}\n\nexamples:\n"
+        epilog="settings and their defaults; data.source.format=csv chooses a section that is one of several,\n"
+        f"data.source.delimiter=';' sets what is in it:\n{settings_help(DataConfig, prefix='data.')}\n\nexamples:\n"
         "  python -m pipeline.data configs/demo/sasrec.yaml\n"
         "  python -m pipeline.data configs/amazon-beauty/sasrec.yaml data.source.path=Beauty.txt data.k_core=10\n"
         "  python -m pipeline.data configs/ml-100k/tiger.yaml data.semantic_ids.method=rqvae\n"

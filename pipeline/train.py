@@ -59,7 +59,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m pipeline.train",
         description=__doc__,
-        epilog=f"settings and their defaults, beside those of python -m pipeline.data:\n"
+        epilog="settings and their defaults, beside those of python -m pipeline.data; model=hstu chooses a section\n"
+        "that is one of several, model.dropout=0.1 sets what is in it:\n"
         f"{settings_help(TrainConfig, leave_out=('data',))}\n\nexamples:\n"
         "  torchrun --nproc-per-node 2 -m pipeline.train configs/demo/sasrec.yaml\n"
         "  torchrun --nproc-per-node 2 -m pipeline.train configs/demo/sasrec.yaml dense_optimizer=adamw output=out/a\n"

@@ -55,9 +55,10 @@ class LossConfig(Config):
             shares, ``in_batch_softmax`` over the targets of a rank's share of it; ``bce`` holds each target against
             negatives of its own, ``token_softmax`` is over the codes of a model that generates.
         negatives: of the sampled softmax: ``popularity`` draws by training counts to the power of 0.75, ``mixed`` each
-            uniformly or by training counts at even odds.
-        num_negatives: shared ones of a batch, or of each target by bce.
-        temperature: logits are divided by it.
+            uniformly or by training counts at even odds; logits are corrected for either, as those of in-batch
+            negatives.
+        num_negatives: shared ones of a micro-batch, or of each target by bce, whose are uniform.
+        temperature: logits are divided by it, but for ``token_softmax``.
     """
 
     name: Loss = "sampled_softmax"
@@ -85,7 +86,7 @@ class ValidationConfig(Config):
         max_users: so many targets, evenly spread over all; null: all of them.
         mask_seen: leave out what a user has had before, as the eval stage does by its own setting.
         batch_size: users encoded at once on one rank.
-        patience: validations without a gain that stop the run; 0: never.
+        patience: validations in a row without a better NDCG@10 that stop the run; 0: never.
     """
 
     every_steps: int = Field(default=200, ge=1)
@@ -100,7 +101,7 @@ class CheckpointConfig(Config):
 
     Attributes:
         every_steps: between two of them; one follows each validation, too.
-        keep: beside the best one; with two, one may be damaged.
+        keep: the newest so many, and the best where it is older; with two, one may be damaged.
         asynchronous: go on training while a copy of the state, in host memory, is written.
     """
 
@@ -113,38 +114,42 @@ class TrainConfig(Config):
     """One experiment; give ``num_epochs`` or ``num_steps``.
 
     Attributes:
-        output: folder of the run: config, log, metrics and checkpoints. The same command goes on with it.
+        output: folder of the run: resolved.yaml, metrics.jsonl, checkpoints. The same command goes on with it.
         init_from: a run, a checkpoint or a safetensors file to take the weights from, and from the first two the state
             of the tables; steps are counted from 0 and the dense optimizers start afresh. Where this data set extends
             the one it was trained on, over any number of `data.extends`, the tables grow: known items keep their rows
             and state, new ones start as in a new model.
         seed: of the initial weights, the order of the data, negatives and dropout.
-        data: what the data stage was given, of which ``data.output`` is read.
+        data: what the data stage was given; the data set at ``data.output`` is read, and TIGER's semantic IDs.
         model: by ``name``.
-        loss: by ``name``; each model says which it learns by.
+        loss: by ``name``; tiger learns by ``token_softmax`` alone, the other models by any but that.
         tables: of embeddings, by name (``item``; TIGER's are ``token`` and ``user``).
         comms: precision of what the ranks send each other of the tables.
         dense_optimizer: of the tower's matrices, by ``name``.
-        adamw: of everything dense that is no matrix: gains, biases, positions, heads.
-        routing: ``[pattern, optimizer]`` in order, for parameters whose role should not decide; ``muon_whole`` is Muon
-            on a fused matrix (a GRU's gates, q, k and v) as it stands, and not in the blocks that its role knows.
+        adamw: of all else that is dense: gains, biases, tables of positions, output heads.
+        routing: ``[pattern, optimizer]``, for parameters whose role should not decide: the first whose regular
+            expression is found in the name. ``muon_whole`` is Muon on a fused matrix (a GRU's gates, q, k and v) as it
+            stands, and not in the blocks that its role knows.
         schedule: of all learning rates.
-        schedules: of those that should follow another one.
-        max_grad_norm: clip the gradients of what AdamW updates to this norm; null: leave them alone.
+        schedules: in its place, of ``tables``, of ``dense`` (the matrices, whoever updates them) or of ``adamw``; what
+            an entry leaves out stands at its default, not as in ``schedule``.
+        max_grad_norm: clip the gradients of what ``adamw`` updates, never those of the matrices, to this norm; null:
+            leave them alone.
         dense_sharding: of the tower: a copy on every rank, or shards by FSDP2.
-        batch_size: users of the global batch, of all ranks together.
-        num_streams: virtual streams that the users are dealt to, so that any number of ranks up to it sees the same
-            batches; ``batch_size`` is a multiple.
+        batch_size: samples of the global batch, of all ranks together: users, or prefixes (``model.samples``).
+        num_streams: virtual streams that the samples are dealt to, so that any number of ranks up to it sees the same
+            global batches; ``batch_size`` is a multiple of it times ``accumulate_steps``.
         accumulate_steps: micro-batches that a global batch is computed in. The dense gradients are those of the whole
             batch. FBGEMM updates its tables in the backward pass, hence at every micro-batch, by that one's part of the
-            batch's gradient; with row-wise Adagrad that is not the update of the sum.
-        precision: ``bf16`` runs the forward pass under `torch.autocast`; weights, optimizers and tables stay float32.
+            batch's gradient; with row-wise Adagrad that is not the update of the sum. Our row-wise Adam on a CPU
+            updates once, by the sum.
+        precision: ``bf16`` runs the forward pass under `torch.autocast`; weights and optimizer state are as without it.
             There is no fp16: it needs a GradScaler, and the fused tables would take the scaled gradients.
         num_epochs, num_steps: length of the run, one of them.
         validation: when, and on whom.
         checkpoints: when, and how many.
-        log_every_steps: between two lines of the log.
-        tensorboard: write its events beside the log.
+        log_every_steps: between two lines of metrics.jsonl.
+        tensorboard: write the same for TensorBoard.
         fingerprints: write ``fingerprints.json``, hashes of the initial weights and of the data's order, that
             `pipeline.compare` checks.
         spectra_every_steps: write ``spectra.jsonl``, singular values of the tower's matrices and of their updates; 0:
@@ -163,7 +168,7 @@ class TrainConfig(Config):
     adamw: AdamWConfig = AdamWConfig()
     routing: list[tuple[str, Literal["muon", "muon_whole", "adamw"]]] = []
     schedule: Annotated[ScheduleConfig, BeforeValidator(name_only)] = ScheduleConfig()
-    schedules: dict[Literal["tables", "dense", "adamw"], ScheduleConfig] = {}
+    schedules: dict[Literal["tables", "dense", "adamw"], Annotated[ScheduleConfig, BeforeValidator(name_only)]] = {}
     max_grad_norm: float | None = Field(default=None, gt=0)
     dense_sharding: DenseSharding = "ddp"
     batch_size: int = Field(default=256, ge=1)

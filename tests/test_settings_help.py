@@ -56,6 +56,7 @@ class Whole(Config):
     pace: Annotated[Slow | Fast, pydantic.Field(discriminator="name")] = Slow()
     rates: dict[Literal["a", "b"], Rates] = {}
     mode: Literal["x", "y"] | None = None
+    is_on: bool = False
 
 
 HELP = """\
@@ -63,6 +64,7 @@ HELP = """\
   all.pace    slow (or fast)
       of it all.
   all.mode    null (or x, y)
+  all.is_on   false (or true)
 
 all.pace: slow
     Slow.
@@ -73,7 +75,7 @@ all.pace.rates of slow
     Of learning.
   all.pace.rates.low   0.1
   all.pace.rates.high  2.0
-      low is the lower one.
+      low, high: low is the lower one.
 
 all.pace: fast
     Fast.
@@ -86,12 +88,12 @@ def test_settings_stand_with_default_choices_and_meaning():
 
 def test_settings_that_stand_twice_are_listed_once():
     shown = settings_help(Whole)
-    assert shown.endswith("\n\nrates.{a,b}: settings as of pace.rates of slow")
+    assert shown.endswith("\n\nrates.{a,b}: as under 'pace.rates of slow', but for high: 1.0")
 
     class Other(Whole):
-        other: Rates = Rates(low=0.2)
+        other: Rates = Rates(low=0.2, high=2.0)
 
-    assert settings_help(Other).endswith("\n\nother: settings as of pace.rates of slow, but high: 1.0, low: 0.2")
+    assert settings_help(Other).endswith("\n\nother: as under 'pace.rates of slow', but for low: 0.2")
 
 
 def sections(cls: type[Config]) -> Iterator[type[Config]]:

@@ -54,7 +54,7 @@ class SequencesSource(Config):
     """A line per user: the user's id, then the ids of the items in order. Such files have no times.
 
     Attributes:
-        path: the file, which may be compressed, or a glob, whose files are read in order of name.
+        path: the file, or a glob, whose files are read in order of name; .gz, .bz2, .zst and .lz4 are unpacked.
     """
 
     format: Literal["sequences"]
@@ -65,7 +65,7 @@ class JsonSequencesSource(Config):
     """One JSON object: user id -> ids of the items in order. Such files have no times, and are read as a whole.
 
     Attributes:
-        path: as of ``sequences``.
+        path: the file, or a glob, whose files are read in order of name; .gz, .bz2, .zst and .lz4 are unpacked.
     """
 
     format: Literal["json_sequences"]
@@ -76,7 +76,7 @@ class ColumnNames(Config):
     """How the source names its columns.
 
     Attributes:
-        user_id, item_id: of the ids, which may be anything.
+        user_id, item_id: of the ids, texts or integers.
         timestamp_s: of the time; null: it has none, and rows are in order.
     """
 
@@ -89,9 +89,9 @@ class RecboleSource(Config):
     """A RecBole atomic file (``.inter``): tab-separated, the header names each column as ``name:type``.
 
     Attributes:
-        path: as of ``sequences``.
+        path: the file, or a glob, whose files are read in order of name; .gz, .bz2, .zst and .lz4 are unpacked.
         columns: what the source calls them.
-        timestamp_unit: seconds or milliseconds.
+        timestamp_unit: of numbers since 1970: seconds or milliseconds.
     """
 
     format: Literal["recbole"]
@@ -104,9 +104,9 @@ class CsvSource(Config):
     """Delimited text with a header.
 
     Attributes:
-        path: as of ``sequences``.
+        path: the file, or a glob, whose files are read in order of name; .gz, .bz2, .zst and .lz4 are unpacked.
         columns: what the source calls them.
-        timestamp_unit: seconds or milliseconds.
+        timestamp_unit: of numbers since 1970: seconds or milliseconds.
         delimiter: one character.
     """
 
@@ -123,7 +123,7 @@ class ParquetSource(Config):
     Attributes:
         path: the file, or a glob, whose files are read in order of name.
         columns: what the source calls them.
-        timestamp_unit: seconds or milliseconds; Arrow timestamps need none.
+        timestamp_unit: of numbers since 1970: seconds or milliseconds; Arrow timestamps and dates need none.
     """
 
     format: Literal["parquet"]
@@ -136,7 +136,7 @@ class AmazonSource(Config):
     """Amazon Reviews as published: ratings (``.csv``) or reviews (JSON lines), also compressed.
 
     Attributes:
-        path: as of ``sequences``.
+        path: the file, or without ``download`` a glob; its ending, before .gz, .bz2, .zst or .lz4, says of which kind.
         download: file to fetch to ``path`` where that is missing, by its name at the official place
             (`muonrec.data.download.PLACES`), such as ``reviews_Beauty_5.json.gz``; null: never.
         accept_terms: the publishers' terms are known and accepted; needed where they ask for it.
@@ -152,7 +152,7 @@ class MovielensSource(Config):
     """MovieLens as published: ``ratings.csv``, ``ratings.dat`` (1M, 10M) or ``u.data`` (100K), also compressed.
 
     Attributes:
-        path: the file.
+        path: the file, or without ``download`` a glob; its ending, before .gz, .bz2, .zst or .lz4, says of which kind.
         download: archive to fetch and take ``path`` from where that is missing, such as ``ml-1m.zip``; null: never.
         accept_terms: the publishers' terms are known and accepted; else they are asked for on a terminal.
     """

@@ -81,7 +81,8 @@ class ItemColumns(Config):
 
     Attributes:
         item_id: of the ids, as the log has them.
-        title, brand, categories, features, description, price: null: by the same name, if it has such a column at all.
+        title, brand, categories, features, description, price: of the rest;
+            null: by the same name, if it has such a column at all.
     """
 
     item_id: str = "item_id"
@@ -97,7 +98,7 @@ class RecboleItems(Config):
     """A RecBole atomic file (``.item``): tab-separated, the header names each column as ``name:type``.
 
     Attributes:
-        path: the file, which may be compressed, or a glob.
+        path: the file, or a glob, whose files are read in order of name; .gz, .bz2, .zst and .lz4 are unpacked.
         columns: what the source calls them.
         separator: of the parts of ``categories`` and ``features``.
     """
@@ -112,7 +113,7 @@ class CsvItems(Config):
     """Delimited text with a header.
 
     Attributes:
-        path: the file, which may be compressed, or a glob.
+        path: the file, or a glob, whose files are read in order of name; .gz, .bz2, .zst and .lz4 are unpacked.
         columns: what the source calls them.
         delimiter: one character.
         separator: of the parts of ``categories`` and ``features``.
@@ -142,7 +143,7 @@ class AmazonItems(Config):
     """``meta_*.json`` of Amazon Reviews 2014 and 2018 or ``meta_*.jsonl`` of 2023, also compressed.
 
     Attributes:
-        path: the file, or a glob.
+        path: the file, or without ``download`` a glob, which may be compressed.
         download: file to fetch to ``path`` where that is missing, such as ``meta_Beauty.json.gz``; null: never.
         accept_terms: as for the log.
     """
@@ -157,7 +158,7 @@ class MovielensItems(Config):
     """``movies.csv``, ``movies.dat`` (1M, 10M) or ``u.item`` (100K) of MovieLens, also compressed.
 
     Attributes:
-        path: the file.
+        path: the file, or without ``download`` a glob; its ending, before .gz, .bz2, .zst or .lz4, says of which kind.
         download: archive to fetch and take ``path`` from where that is missing, such as ``ml-1m.zip``; null: never.
         accept_terms: as for the log.
     """

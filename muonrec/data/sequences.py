@@ -238,8 +238,7 @@ class LeaveOneOut(Config):
 class GlobalTimeSplit(Config):
     """Cut the log at two moments for all users: train before ``t1``, valid in ``[t1, t2)``, test from ``t2`` on.
 
-    A user's target is the first event of the window; users whose sequence starts there have no history and no target
-    (`muonrec.data.shards.Sequences.targets`).
+    A user's target is the first event of the window; users whose sequence starts there have no history and no target.
 
     Leakage rules: nothing trained on is later than any target; the events of one second stay on one side; the history
     of a test target includes the user's valid events, which are known by then, but no model is fitted to them. Not
@@ -276,7 +275,7 @@ class RatioSplit(Config):
     user did before. So a user has many targets, in one part or several, and every one of them is evaluated.
 
     Leakage rules: nothing trained on comes after any target in the order of the whole log, and a history ends before
-    its target. Unlike `GlobalTimeSplit`, the cut may fall between events of one second, which ``ties`` then orders
+    its target. Unlike with ``global_time``, the cut may fall between events of one second, which ``ties`` then orders
     (``ties: drop`` removes only ties of one user). Also, later samples of a user have its earlier targets in their
     history, as events that are known by then; no model is fitted to them. Not hidden: k-core and vocabulary look at
     the whole log.

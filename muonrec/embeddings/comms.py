@@ -25,8 +25,8 @@ _REDUCED = {ShardingType.ROW_WISE.value, ShardingType.TABLE_ROW_WISE.value, Shar
 class CommsConfig(Config):
     """In what precision the all-to-alls and reduce-scatters of the tables carry their numbers.
 
-    TorchRec has fp8 and mx4 as well. They are not offered: in TorchRec 1.8 the first wants two dimensions where
-    sequences have one, and the second miscounts shards of columns. ``bf16`` needs CUDA, since gloo has none. ``int8``
+    TorchRec's fp8 and mx4 are not offered: in TorchRec 1.8 the first wants two dimensions where sequences have one, and
+    the second miscounts shards of columns. ``bf16`` needs CUDA, since gloo has none. ``int8``
     is for all-to-alls alone and for shards whose columns are a multiple of 32.
 
     Attributes:

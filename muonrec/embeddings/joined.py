@@ -92,7 +92,7 @@ class JoinedOptimizer(CombinedOptimizer):
 
     @property
     def grad_norm(self) -> float | None:
-        """Global norm of the last step's gradients of the parameters AdamW updates, before clipping."""
+        """Global norm of the last step's gradients of part ``adamw``, before clipping."""
         part = self.parts.get("adamw")
         return part.grad_norm if isinstance(part, DenseOptimizer) else None
 
@@ -218,7 +218,7 @@ def build_optimizer(
             equal and which no backward pass updates; needed where there are any.
         overrides: ordered ``(pattern, "muon" | "muon_whole" | "adamw")``, or a `Role` with blocks of its own in place
             of the name; the first that matches a name wins.
-        max_grad_norm: of AdamW's parameters, see `DenseOptimizer`.
+        max_grad_norm: of what ``adamw`` updates, not of ``matrices``; see `DenseOptimizer`.
 
     Raises:
         ValueError: a pattern that matches nothing or a table, neither or both of ``muon`` and ``matrices``, arguments

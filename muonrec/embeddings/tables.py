@@ -60,11 +60,11 @@ class TableConfig(Config):
             gradient, by row-wise Adagrad alone.
         max_gradient: each element of the gradient of a looked-up row is clamped to this size, before those of one row
             are added up; null: it is left alone.
-        sharding: one type, or a list of those that TorchRec's planner may choose from; ``auto`` is row-, table- and
-            column-wise. ``table_row_wise`` (the rows over one node's ranks), ``grid_shard`` (columns over nodes, their
-            rows over a node's ranks) and ``table_column_wise`` are for an `EmbeddingBagCollection`. ``data_parallel``
-            is refused: FBGEMM fuses no optimizer into a replicated table, its gradient is as large as the table, and a
-            table small enough to be copied is as well held by one rank.
+        sharding: one type, or a list of those that TorchRec's planner may choose from; ``auto`` is [row_wise,
+            table_wise, column_wise]. ``table_row_wise`` (the rows over one node's ranks), ``grid_shard`` (columns over
+            nodes, their rows over a node's ranks) and ``table_column_wise`` are for an `EmbeddingBagCollection`.
+            ``data_parallel`` is refused: FBGEMM fuses no optimizer into a replicated table, its gradient is as large as
+            the table, and a table small enough to be copied is as well held by one rank.
         min_partition: least columns of a shard, by ``column_wise``, ``table_column_wise`` and ``grid_shard``; null:
             TorchRec's choice.
         memory: ``hbm`` keeps the rows on the device. On CUDA alone, ``uvm_caching`` keeps them in host memory behind a
@@ -74,8 +74,8 @@ class TableConfig(Config):
             mean share.
         data_type: of the rows; null: as the model's own `EmbeddingConfig` says, fp32 in the models here. They come back
             as float32, and the state is float32, whatever they are. ``bf16`` needs CUDA.
-        stochastic_rounding: of fp16 and bf16 rows when they are updated, on CUDA. A CPU rounds to the nearest, so
-            there it must be turned off.
+        stochastic_rounding: of fp16 and bf16 rows when they are updated, on CUDA. A CPU rounds fp16 to the nearest, so
+            that it must be turned off for them there.
         pooling_factor: ids of a user, for the planner's estimates of traffic and memory.
         init_std: standard deviation of the normal the rows are drawn from.
     """

@@ -23,7 +23,7 @@ class CaserConfig(Config):
         window: events an event knows, itself included; the paper's L.
         num_horizontal: horizontal kernels of each height from 1 to ``window``.
         num_vertical: vertical kernels.
-        dropout: of the features that the convolutions give.
+        dropout: of the features that the convolutions give, and of the hidden layer above them.
         max_length: events of a user that are read, the latest.
     """
 

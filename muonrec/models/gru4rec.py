@@ -17,8 +17,8 @@ class GRU4RecConfig(Config):
 
     Attributes:
         embedding_dim: width of the events, and of the table's rows.
-        hidden_dim: width of the recurrence; where it is another, a linear layer leads back.
-        num_layers: of GRUs.
+        hidden_dim: width of the recurrence; where it is not ``embedding_dim``, a linear layer leads back.
+        num_layers: recurrent layers.
         dropout: of the embedded events.
         hidden_dropout: of the hidden states, between layers and of the last.
         max_length: events of a user that are read, the latest.

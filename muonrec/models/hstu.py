@@ -29,9 +29,10 @@ class HSTUConfig(Config):
         attention_dim: width of q and k, of each head.
         dropout: of the embedded events and of what each block's output layer reads.
         attention_dropout: of the attention's weights.
-        max_length: events of a user that are read, the latest.
-        positions: counted from the latest event or from the first that is read.
-        time_bias: add the relative time bias to that of positions; null: where the data set has times.
+        max_length: events of a user that are read, the latest; attention is divided by it, too.
+        positions: ``from_start``: the oldest event that is read has 0; ``from_end``: the latest.
+        time_bias: add the relative time bias to that of positions; null: where the data set has times; true: or an
+            error.
         normalize: scale hidden states and items to length 1, as the paper's experiments do; the loss then wants a
             ``temperature`` of about 0.05.
         scale_input: multiply the rows that are read by sqrt(``embedding_dim``), as its code does.

@@ -13,17 +13,17 @@ from muonrec.towers.transformer import Norm, Positions, TransformerTower
 
 
 class SASRecConfig(Config):
-    """Settings of SASRec; the defaults are the paper's widths with the norm moved inside (pre-norm).
+    """Settings of SASRec: two pre-norm blocks as in the paper, here of width 64 and two heads.
 
     Attributes:
         embedding_dim: width of the events, and of the table's rows.
         num_layers: blocks.
-        num_heads: attention heads of a block.
+        num_heads: attention heads of a block, which share ``embedding_dim`` equally.
         feedforward_dim: width of the feed-forward layer; the paper's is ``embedding_dim``.
-        dropout: of the embedded events, of attention and of each residual branch.
+        dropout: of the embedded events, of attention, within feed-forward layers and of each residual branch.
         max_length: events of a user that are read, the latest.
-        norm: before attention and feed-forward layer, or after them as in the paper.
-        positions: counted from the latest event or from the first that is read.
+        norm: ``pre``, as in the paper: before attention and feed-forward layer; ``post``: after each residual sum.
+        positions: ``from_end``: the latest event has 0; ``from_start``: the oldest that is read.
         scale_input: multiply the rows that are read by sqrt(``embedding_dim``), as the paper's code does.
     """
 

@@ -21,7 +21,8 @@ from muonrec.towers.encoder_decoder import DecoderState, EncoderDecoderTower
 
 
 class TigerConfig(Config):
-    """Settings of TIGER; the defaults are the paper's.
+    """Settings of TIGER, which needs ``data.semantic_ids`` and the tables ``token`` and ``user``; the defaults are the
+    paper's.
 
     Attributes:
         embedding_dim: width of the codes' embeddings, and of the hidden states.
@@ -29,13 +30,13 @@ class TigerConfig(Config):
         num_heads: attention heads of a block.
         head_dim: width of each; null: ``embedding_dim`` divided by ``num_heads``.
         feedforward_dim: width of the feed-forward layers.
-        dropout: of the embeddings, of attention and of each residual branch.
-        attention_dropout: null for ``dropout``; 0 has torch's fused attention on a CPU, a step in a third of the time.
+        dropout: of the embeddings, of attention, within feed-forward layers and of each residual branch.
+        attention_dropout: null: as ``dropout``; 0 has torch's fused attention on a CPU, a step in a third of the time.
         max_length: events of a user that are read, the latest.
-        samples: the paper reads every prefix of a user's events anew, by an encoder that looks both ways; ``users``
-            reads all of them once, by a causal encoder, and predicts each from those before it, at a fraction of the
-            work.
-        num_user_tokens: users share so many.
+        samples: ``prefixes``, as the paper, reads every prefix of a user's events anew, by an encoder that looks both
+            ways; ``users`` reads all of them once, by a causal encoder, and predicts each from those before it, at a
+            fraction of the work.
+        num_user_tokens: rows of the table ``user``, which users share.
         num_beams: prefixes that the search keeps, and items of a generated list, unless the stage says.
     """
 

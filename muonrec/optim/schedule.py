@@ -16,8 +16,8 @@ def cosine(progress: float, *, final_fraction: float, decay_fraction: float) -> 
 
 
 def warmup_stable_decay(progress: float, *, final_fraction: float, decay_fraction: float) -> float:
-    """Stay at 1, then fall in a straight line to ``final_fraction`` over the last ``decay_fraction`` of all steps
-    (Hu et al., arXiv 2404.06395).
+    """Stay at 1, then fall in a straight line to ``final_fraction`` over the last ``decay_fraction`` of the steps after
+    warm-up (Hu et al., arXiv 2404.06395).
     """
     if progress <= 1.0 - decay_fraction:
         return 1.0

@@ -634,6 +634,7 @@ def test_a_choice_can_be_made_by_name_alone(dataset, tmp_path):
     path = config_file(dataset, tmp_path, dense_optimizer={"name": "muon", "lr": 0.02, "momentum": 0.9})
     config = load_config(TrainConfig, path, ["dense_optimizer=adamw", "dense_optimizer.lr=0.01"])
     assert (config.dense_optimizer.name, config.dense_optimizer.lr) == ("adamw", 0.01)
+    assert load_config(TrainConfig, path, ["schedules.tables=constant"]).schedules["tables"].name == "constant"
 
 
 MUON_OPTIONS = {

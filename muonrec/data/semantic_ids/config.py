@@ -108,8 +108,8 @@ class RqVae(Config):
         optimizer: of the matrices of encoder and decoder: ``muon`` or ``adamw``, with their settings.
         adamw: of codebooks and biases.
         batch_size: items of a step.
-        num_epochs, patience: it ends before where ``patience`` epochs bring no better reconstruction; the best one
-            stands.
+        num_epochs, patience: at most so many; it ends before where ``patience`` epochs bring no better reconstruction,
+            by a thousandth; the best one stands.
         kmeans_rounds: of the k-means that the codebooks start from.
     """
 
@@ -127,8 +127,6 @@ class RqVae(Config):
     kmeans_rounds: int = Field(default=10, ge=1)
 
 
-SOURCES = (ReadyMade, Text, Embeddings, Cooccurrence)
-METHODS = (RqVae, ResidualKMeans)
 IdsSource: TypeAlias = Annotated[
     ReadyMade | Text | Embeddings | Cooccurrence, Field(discriminator="name"), BeforeValidator(name_only)
 ]
@@ -139,7 +137,7 @@ FILES = ("path", "ids")  # settings of a source that name files: what they hold 
 
 
 class SemanticIdsConfig(Config):
-    """Codes of every item, section ``data.semantic_ids``.
+    """Codes of every item, for models that generate.
 
     Attributes:
         source: what the codes are made of, by ``name``.
