@@ -181,20 +181,20 @@ def _fault(
             f"EmbeddingCollection (EmbeddingCollectionSharder.sharding_types); use {', '.join(_SEQUENCES)}"
         )
     if not on_cpu:
+        if table.optimizer == "dense_adam":
+            return (
+                "asks for dense_adam, which runs on a CPU alone; use adam, which updates none but the rows that a "
+                "batch has touched"
+            )
         return None
     if table.memory != "hbm":
         return (
             f"asks for memory {table.memory}, a cache of host memory on a GPU; on a CPU the rows are in host memory "
             "anyway: use memory hbm, the default"
         )
-    if table.optimizer == "adam":
-        return (
-            "asks for adam, which FBGEMM has on CUDA only; use partial_rowwise_adam, which trains on a CPU too, or "
-            "rowwise_adagrad"
-        )
     if table.is_adam and is_pooled:
         return (
-            f"asks for {table.optimizer}, which FBGEMM has on CUDA only, and ours on the CPU is for an "
+            f"asks for {table.optimizer}, which FBGEMM does not have on a CPU, where ours is for an "
             "EmbeddingCollection; use rowwise_adagrad, or adagrad"
         )
     if table.is_adam and data_type != "fp32":

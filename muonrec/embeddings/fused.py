@@ -27,7 +27,7 @@ from torchrec.optim import optimizers
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
-from muonrec.embeddings.rowwise_adam import RowwiseAdam, RowwiseAdamTables
+from muonrec.embeddings.cpu_adam import EVERY_ROW, AdamTables, TableAdam
 from muonrec.embeddings.tables import SparseOptimizer, TableConfig
 
 # What each name asks of FBGEMM: the class TorchRec translates, and the kernel that must come of it. TorchRec's own
@@ -38,11 +38,15 @@ _FUSED: dict[SparseOptimizer, tuple[type[torch.optim.Optimizer], EmbOptimType]] 
     "sgd": (optimizers.SGD, EmbOptimType.EXACT_SGD),
     "partial_rowwise_adam": (optimizers.PartialRowWiseAdam, EmbOptimType.PARTIAL_ROWWISE_ADAM),
     "adam": (optimizers.Adam, EmbOptimType.ADAM),
+    "dense_adam": (optimizers.Adam, EmbOptimType.ADAM),
 }
 _ADAM = (EmbOptimType.PARTIAL_ROWWISE_ADAM, EmbOptimType.ADAM)
 # On a CPU the rows are in the only memory there is.
 _MEMORY = {EmbeddingLocation.MANAGED: "uvm", EmbeddingLocation.MANAGED_CACHING: "uvm_caching"}
-_CHECKED = ("lr", "eps", "betas", "weight_decay", "weight_decay_mode", "max_gradient", "data_type", "memory")
+_CHECKED = (
+    *("lr", "eps", "betas", "weight_decay", "weight_decay_mode", "max_gradient"),
+    *("every_row", "data_type", "memory"),
+)
 _DECAY = {"l2": WeightDecayMode.L2, "decoupled": WeightDecayMode.DECOUPLE}
 
 
@@ -73,6 +77,8 @@ def _fbgemm_settings(table: TableConfig) -> dict[str, Any]:
         settings["eps"] = table.eps
     if table.is_adam:
         settings |= {"beta1": table.betas[0], "beta2": table.betas[1], "weight_decay": table.weight_decay}
+        if table.optimizer == "dense_adam":
+            settings[EVERY_ROW] = True
     elif table.weight_decay:
         # Without the mode FBGEMM takes the decay and ignores it.
         settings |= {"weight_decay": table.weight_decay, "weight_decay_mode": _DECAY[table.weight_decay_mode]}
@@ -96,6 +102,7 @@ class FusedTable:
     weight_decay: float = 0.0
     weight_decay_mode: str = "none"
     max_gradient: float = math.inf
+    every_row: bool = False
     data_type: str = "fp32"
     memory: str = "hbm"
     by: str = "FBGEMM, fused into the backward pass"
@@ -106,6 +113,7 @@ class FusedTable:
         settings += [f"betas {self.betas[0]:g} and {self.betas[1]:g}"] * any(self.betas)
         settings += [f"{self.weight_decay_mode} weight decay {self.weight_decay:g}"] * bool(self.weight_decay)
         settings += [f"gradients clamped to {self.max_gradient:g}"] * math.isfinite(self.max_gradient)
+        settings += ["every row at every step"] * self.every_row
         settings += [f"{self.data_type} rows"] * (self.data_type != "fp32")
         settings += [f"memory {self.memory}"] * (self.memory != "hbm")
         return f"{self.name}: {self.optimizer} by {self.by}; {', '.join(settings)}"
@@ -153,8 +161,9 @@ def _found(table: ShardedEmbeddingTable, table_batch: Any) -> FusedTable:
         weight_decay_mode=mode,
         max_gradient=args.max_gradient if args.gradient_clipping else math.inf,
     )
-    if isinstance(table_batch, RowwiseAdamTables):
-        return dataclasses.replace(found, by="muonrec, on a dense kernel, after the backward pass")
+    if isinstance(table_batch, AdamTables):
+        by = "muonrec, on a dense kernel, after the backward pass"
+        return dataclasses.replace(found, every_row=table_batch.every_row, by=by)
     location = table_batch.embedding_specs[table_batch.table_names.index(table.name)][2]
     return dataclasses.replace(
         found, data_type=table_batch.weights_precision.value, memory=_MEMORY.get(location, "hbm")
@@ -200,6 +209,7 @@ def _asked(found: FusedTable, table: TableConfig) -> FusedTable:
         weight_decay=table.weight_decay,
         weight_decay_mode=table.weight_decay_mode if table.weight_decay else "none",
         max_gradient=math.inf if table.max_gradient is None else table.max_gradient,
+        every_row=table.optimizer == "dense_adam",
         data_type=table.data_type or found.data_type,
         memory=table.memory,
     )
@@ -214,13 +224,13 @@ def _table_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def table_optimizer(model: DistributedModelParallel) -> KeyedOptimizer:
-    """What TorchRec has fused, our row-wise Adam beside it, and the step count of every Adam in its state."""
+    """What TorchRec has fused, our Adam beside it, and the step count of every Adam in its state."""
     parts: list[tuple[str, KeyedOptimizer]] = [("", model.fused_optimizer)]
     counting = []
     for path, kernel in _kernels(model.module):
         table_batch = kernel.emb_module
-        if isinstance(table_batch, RowwiseAdamTables):
-            optimizer: KeyedOptimizer = RowwiseAdam(kernel.config, table_batch, kernel._pg)
+        if isinstance(table_batch, AdamTables):
+            optimizer: KeyedOptimizer = TableAdam(kernel.config, table_batch, kernel._pg)
             parts.append((path, optimizer))
         elif isinstance(kernel, BatchedFusedEmbedding | BatchedFusedEmbeddingBag) and table_batch.optimizer in _ADAM:
             optimizer = kernel.fused_optimizer

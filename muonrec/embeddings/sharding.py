@@ -23,8 +23,8 @@ from torchrec.distributed.types import EnumerableShardingSpec, ShardedModule, Sh
 
 from muonrec.embeddings.comms import CommsConfig
 from muonrec.embeddings.constraints import ask_planner, make_sharders, make_topology
+from muonrec.embeddings.cpu_adam import install_adam
 from muonrec.embeddings.fused import fuse_optimizers
-from muonrec.embeddings.rowwise_adam import install_rowwise_adam
 from muonrec.embeddings.tables import TableConfig, cast_tables
 from muonrec.mesh import Ranks
 
@@ -68,7 +68,7 @@ def shard_model(
     sharded = DistributedModelParallel(
         model, device=ranks.device, plan=plan, sharders=sharders, data_parallel_wrapper=wrapper
     )
-    install_rowwise_adam(sharded, _without_fbgemm(tables, ranks))
+    install_adam(sharded, _without_fbgemm(tables, ranks))
     return sharded, plan
 
 
@@ -115,7 +115,7 @@ def make_plan(
 
 
 def _without_fbgemm(tables: Mapping[str, TableConfig], ranks: Ranks) -> set[str]:
-    """The tables that train by `muonrec.embeddings.rowwise_adam`."""
+    """The tables that train by `muonrec.embeddings.cpu_adam`."""
     return {name for name, table in tables.items() if ranks.device.type == "cpu" and table.is_adam}
 
 

@@ -17,7 +17,7 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection, Embedding
 from muonrec.batch import CANDIDATES, HISTORY, TARGETS, USER
 from muonrec.config import Config
 
-SparseOptimizer = Literal["rowwise_adagrad", "adagrad", "sgd", "partial_rowwise_adam", "adam"]
+SparseOptimizer = Literal["rowwise_adagrad", "adagrad", "sgd", "partial_rowwise_adam", "adam", "dense_adam"]
 WeightDecayMode = Literal["decoupled", "l2"]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 SHARDINGS = (
@@ -50,12 +50,14 @@ class TableConfig(Config):
 
     Attributes:
         optimizer: by FBGEMM inside the backward pass: ``rowwise_adagrad``, ``adagrad``, ``sgd``, and on CUDA
-            ``partial_rowwise_adam`` (one second moment per row) and ``adam``. On a CPU, where FBGEMM has neither,
-            ``partial_rowwise_adam`` is ours, see `muonrec.embeddings.rowwise_adam`, and ``adam`` is refused.
+            ``partial_rowwise_adam`` (one second moment per row) and ``adam``, which on a CPU, where FBGEMM has neither,
+            are ours, see `muonrec.embeddings.cpu_adam`. ``dense_adam``, on a CPU alone, updates every row at every
+            step, as `torch.optim.AdamW` does an `nn.Embedding`, and costs as much: what papers compare with.
         lr: its learning rate; there is no default, since none fits every table.
         eps: added to the root of Adagrad's sum, or of Adam's second moment.
         betas: Adam's; for the first and the second moment.
-        weight_decay: of the rows a batch touches, which is all that FBGEMM knows; by row-wise Adagrad and Adam.
+        weight_decay: of the rows a batch touches, which is all that FBGEMM knows, and by ``dense_adam`` of all; by
+            row-wise Adagrad and Adam.
         weight_decay_mode: ``decoupled`` shrinks the row by lr x weight_decay; ``l2`` adds weight_decay x row to the
             gradient, by row-wise Adagrad alone.
         max_gradient: each element of the gradient of a looked-up row is clamped to this size, before those of one row
@@ -99,7 +101,7 @@ class TableConfig(Config):
     @property
     def is_adam(self) -> bool:
         """Whether the rows have two moments."""
-        return self.optimizer in ("partial_rowwise_adam", "adam")
+        return self.optimizer in ("partial_rowwise_adam", "adam", "dense_adam")
 
     @property
     def sharding_types(self) -> tuple[str, ...]:

@@ -127,7 +127,8 @@ def plain_rows(settings, rates):
         ids = ids_of(step)
         for name in NUM_ROWS:
             looked_up = torch.cat([bag for feature, bags in ids.items() if FEATURES[feature] == name for bag in bags])
-            for row in looked_up.unique().tolist():
+            touched = range(NUM_ROWS[name]) if config.optimizer == "dense_adam" else looked_up.unique().tolist()
+            for row in touched:
                 size = math.inf if config.max_gradient is None else config.max_gradient
                 gradient = (rows[name][row] - goals[name][row]).clamp(-size, size) * (looked_up == row).sum()
                 rows[name][row] -= (

@@ -410,7 +410,7 @@ def test_bfloat16_comms_are_refused_on_a_cpu_where_torchrec_would_take_float16()
         ({"sharding": "table_row_wise"}, False, "use row_wise, table_wise, column_wise"),
         ({"memory": "uvm_caching"}, False, "memory uvm_caching, .* use memory hbm"),
         ({"memory": "uvm"}, True, "asks for memory uvm, .* use memory hbm"),
-        ({"optimizer": "adam"}, False, "adam, which FBGEMM has on CUDA only; use partial_rowwise_adam"),
+        ({"optimizer": "adam"}, True, "ours is for an EmbeddingCollection; use rowwise_adagrad"),
         ({"optimizer": "partial_rowwise_adam"}, True, "is for an EmbeddingCollection; use rowwise_adagrad"),
         ({"optimizer": "partial_rowwise_adam", "data_type": "fp16"}, False, "use rowwise_adagrad or fp32"),
         ({"data_type": "bf16"}, False, "FBGEMM 1.8 has no CPU kernel; use fp16 or fp32"),
@@ -426,6 +426,12 @@ def test_what_no_cpu_kernel_does_is_refused_with_what_to_do(settings, pooled, me
         constrain(table, config, "cpu")
     if "sharding" not in settings:
         constrain(table, config, "cuda")
+
+
+def test_adam_of_every_row_is_refused_on_cuda():
+    table, collection = TableConfig(lr=0.1, optimizer="dense_adam"), Collections(pooled=False).tables
+    with pytest.raises(ValueError, match="table 't' asks for dense_adam, which runs on a CPU alone; use adam"):
+        constrain(table, collection.embedding_configs()[0], "cuda")
 
 
 @pytest.mark.parametrize(

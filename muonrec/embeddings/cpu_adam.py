@@ -1,4 +1,4 @@
-"""Row-wise Adam where FBGEMM has none, on the CPU: the same rule, on the rows a batch has touched."""
+"""Adam of the tables where FBGEMM has none, on the CPU: on the rows a batch has touched, or on all of them."""
 
 # R = rows of all tables of one kernel, D = width, T = ids looked up, U = rows touched
 
@@ -17,9 +17,12 @@ from torchrec.distributed.batched_embedding_kernel import BatchedDenseEmbedding,
 from torchrec.distributed.embedding_types import GroupedEmbeddingConfig, ShardedEmbeddingModule
 from torchrec.optim.fused import EmptyFusedOptimizer
 
+# Beside FBGEMM's settings of a table: whether rows that no batch has touched are updated as well.
+EVERY_ROW = "every_row"
+
 
 @dataclasses.dataclass(frozen=True)
-class RowwiseAdamArgs:
+class AdamArgs:
     """What FBGEMM calls the optimizer's arguments, under its names; decay is always decoupled, as in its kernel."""
 
     eps: float
@@ -30,38 +33,42 @@ class RowwiseAdamArgs:
     max_gradient: float = 1.0
 
 
-def rowwise_adam(
+def adam(
     rows_UD: torch.Tensor,
     gradient_UD: torch.Tensor,
     exp_avg_UD: torch.Tensor,
-    exp_avg_sq_U: torch.Tensor,
+    exp_avg_sq: torch.Tensor,
     *,
     step: int,
     lr: float,
-    args: RowwiseAdamArgs,
+    args: AdamArgs,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """New rows and moments by Adam with one second moment per row (FBGEMM's PARTIAL_ROWWISE_ADAM, its CUDA kernel).
+    """New rows and moments, by the rule of FBGEMM's CUDA kernels ADAM and PARTIAL_ROWWISE_ADAM.
+
+    On all rows of a table the first is `torch.optim.AdamW` on an `nn.Embedding`.
 
     Args:
         rows_UD: the rows touched. Nothing is modified.
         gradient_UD: their gradients.
         exp_avg_UD: first moment, per element.
-        exp_avg_sq_U: second moment, per row: of the mean of the row's squared gradient.
+        exp_avg_sq: second moment, ``[U, D]`` per element or ``[U]`` per row: of the mean of the row's squared gradient.
         step: steps of the *table*, this one included, for the bias of the moments; a row seen for the first time late
             is corrected as if it had been there from the start.
         lr: rate.
         args: the rest.
     """
     exp_avg_UD = args.beta1 * exp_avg_UD + (1 - args.beta1) * gradient_UD
-    exp_avg_sq_U = args.beta2 * exp_avg_sq_U + (1 - args.beta2) * gradient_UD.square().mean(1)
+    square = gradient_UD.square()
+    square = square.mean(1) if exp_avg_sq.ndim == 1 else square
+    exp_avg_sq = args.beta2 * exp_avg_sq + (1 - args.beta2) * square
     mean_UD = exp_avg_UD / (1 - args.beta1**step)
-    root_U = (exp_avg_sq_U / (1 - args.beta2**step)).sqrt()
-    update_UD = mean_UD / (root_U + args.eps)[:, None] + args.weight_decay * rows_UD
-    return rows_UD - lr * update_UD, exp_avg_UD, exp_avg_sq_U
+    size = (exp_avg_sq / (1 - args.beta2**step)).sqrt() + args.eps
+    update_UD = mean_UD / (size[:, None] if size.ndim == 1 else size) + args.weight_decay * rows_UD
+    return rows_UD - lr * update_UD, exp_avg_UD, exp_avg_sq
 
 
-class RowwiseAdamTables(nn.Module):
-    """Lookup and row-wise Adam of a dense kernel's tables, in place of FBGEMM's lookup and under the names of its TBE.
+class AdamTables(nn.Module):
+    """Lookup and Adam of a dense kernel's tables, in place of FBGEMM's lookup and under the names of its TBE.
 
     FBGEMM's dense CPU lookup pools although none was asked for, and its gradient is as large as the table. This one
     returns a row per id, and its gradient holds the rows looked up. (Bags of length one would get round the first, but
@@ -71,7 +78,6 @@ class RowwiseAdamTables(nn.Module):
         kernel: its weights are taken over; all tables of it have one width.
     """
 
-    optimizer = EmbOptimType.PARTIAL_ROWWISE_ADAM
     is_nobag = use_cpu = True
 
     def __init__(self, kernel: BatchedDenseEmbedding) -> None:
@@ -87,11 +93,14 @@ class RowwiseAdamTables(nn.Module):
         (width,) = {width for _, width in dense.embedding_specs}
         self.rows_RD = nn.Parameter(self.weights.detach().view(-1, width))
         self.exp_avg_RD = torch.zeros_like(self.rows_RD, requires_grad=False)
-        self.exp_avg_sq_R = torch.zeros(len(self.rows_RD))
+        self.optimizer: EmbOptimType = settings["optimizer"]
+        self.every_row = bool(settings.get(EVERY_ROW))
+        is_row_wise = self.optimizer is EmbOptimType.PARTIAL_ROWWISE_ADAM
+        self.exp_avg_sq = torch.zeros(len(self.rows_RD)) if is_row_wise else torch.zeros_like(self.exp_avg_RD)
         self.iter = torch.zeros(1, dtype=torch.int64)
         self.learning_rate = float(settings["learning_rate"])
-        names = {field.name for field in dataclasses.fields(RowwiseAdamArgs)}
-        self.optimizer_args = RowwiseAdamArgs(**{name: settings[name] for name in names & settings.keys()})
+        names = {field.name for field in dataclasses.fields(AdamArgs)}
+        self.optimizer_args = AdamArgs(**{name: settings[name] for name in names & settings.keys()})
 
     def forward(self, indices: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
         """Rows ``[T, D]`` of ``indices`` ``[T]``; ``offsets`` are those of every feature's bags, feature by feature.
@@ -116,22 +125,28 @@ class RowwiseAdamTables(nn.Module):
 
     @torch.no_grad()
     def update(self) -> None:
-        """One step on the rows that were looked up since the last, those of zero gradient included."""
+        """One step on the rows that were looked up since the last, those of zero gradient included, or on every row."""
         self.iter += 1
         gradient, self.rows_RD.grad = self.rows_RD.grad, None
-        if gradient is None:
-            return
-        args, values = self.optimizer_args, gradient._values()
+        args = self.optimizer_args
+        if gradient is None:  # no ids came, to this rank or to any
+            ids_T, values_TD = torch.empty(0, dtype=torch.int64), self.rows_RD.new_empty(0, self.rows_RD.size(1))
+        else:
+            ids_T, values_TD = gradient._indices()[0], gradient._values()
         if args.gradient_clipping:
             # As FBGEMM: each element, before the gradients of one row are added up.
-            values = values.clamp(-args.max_gradient, args.max_gradient)
-        ids_U, place = gradient._indices()[0].unique(return_inverse=True)
-        gradient_UD = values.new_zeros(len(ids_U), values.size(1)).index_add_(0, place, values)
-        self.rows_RD[ids_U], self.exp_avg_RD[ids_U], self.exp_avg_sq_R[ids_U] = rowwise_adam(
-            self.rows_RD[ids_U],
+            values_TD = values_TD.clamp(-args.max_gradient, args.max_gradient)
+        if self.every_row:
+            touched, num_touched = slice(None), len(self.rows_RD)
+        else:
+            touched, ids_T = ids_T.unique(return_inverse=True)
+            num_touched = len(touched)
+        gradient_UD = values_TD.new_zeros(num_touched, values_TD.size(1)).index_add_(0, ids_T, values_TD)
+        self.rows_RD[touched], self.exp_avg_RD[touched], self.exp_avg_sq[touched] = adam(
+            self.rows_RD[touched],
             gradient_UD,
-            self.exp_avg_RD[ids_U],
-            self.exp_avg_sq_R[ids_U],
+            self.exp_avg_RD[touched],
+            self.exp_avg_sq[touched],
             step=int(self.iter),
             lr=self.learning_rate,
             args=args,
@@ -144,7 +159,7 @@ class RowwiseAdamTables(nn.Module):
     def get_optimizer_state(self) -> list[dict[str, torch.Tensor]]:
         """The moments of each table, under FBGEMM's names; views."""
         sizes = self.table_rows.tolist()
-        moments = zip(self.exp_avg_RD.split(sizes), self.exp_avg_sq_R.split(sizes))
+        moments = zip(self.exp_avg_RD.split(sizes), self.exp_avg_sq.split(sizes))
         return [{"exp_avg": first, "exp_avg_sq": second} for first, second in moments]
 
     def get_learning_rate(self) -> float:
@@ -154,13 +169,13 @@ class RowwiseAdamTables(nn.Module):
         self.learning_rate = lr
 
 
-class RowwiseAdam(EmbeddingFusedOptimizer):
-    """The keyed optimizer of `RowwiseAdamTables`: its state has the names and shards that TorchRec gives fused tables.
+class TableAdam(EmbeddingFusedOptimizer):
+    """The keyed optimizer of `AdamTables`: its state has the names and shards that TorchRec gives fused tables.
 
     Unlike theirs it updates in `step`, so the gradients of several backward passes add up.
     """
 
-    def __init__(self, config: GroupedEmbeddingConfig, tables: RowwiseAdamTables, group: dist.ProcessGroup) -> None:
+    def __init__(self, config: GroupedEmbeddingConfig, tables: AdamTables, group: dist.ProcessGroup) -> None:
         super().__init__(config, tables, group)
         self._tables = tables
         # What a sharded collection does to the names of its fused tables.
@@ -175,15 +190,15 @@ class RowwiseAdam(EmbeddingFusedOptimizer):
         self._tables.update()
 
 
-def install_rowwise_adam(model: nn.Module, names: Set[str]) -> None:
-    """Let the tables ``names`` of a sharded model, all on dense kernels, train by row-wise Adam."""
+def install_adam(model: nn.Module, names: Set[str]) -> None:
+    """Let the tables ``names`` of a sharded model, all on dense kernels, train by the Adam they ask for."""
     for module in model.modules():
         if not isinstance(module, ShardedEmbeddingModule) or not hasattr(module, "_lookups"):
             continue
         for lookup in module._lookups:
             for kernel in lookup.modules():
                 if isinstance(kernel, BatchedDenseEmbedding) and kernel.config.embedding_tables[0].name in names:
-                    kernel._emb_module = RowwiseAdamTables(kernel)
+                    kernel._emb_module = AdamTables(kernel)
         for name in names & module.module_sharding_plan.keys():
             # No other optimizer may have it: TorchRec's mark of a fused table, on ranks without rows as well.
             module.embeddings[name].weight._in_backward_optimizers = [EmptyFusedOptimizer()]

@@ -1,4 +1,4 @@
-"""Row-wise Adam on the CPU: the plain loop, the rows it leaves alone, its state under any sharding, what it refuses."""
+"""Adam of the tables on the CPU: the plain loop, the rows it leaves alone, its state under any sharding."""
 
 import pytest
 import torch
@@ -7,6 +7,7 @@ from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 import muonrec
+from muonrec.embeddings.cpu_adam import AdamArgs, adam
 from muonrec.embeddings.sharding import format_plan, shard_model
 from muonrec.embeddings.tables import TableConfig, initialize_tables
 from muonrec.losses import NextItemLoss
@@ -17,22 +18,60 @@ from tests.embeddings.plain import FEATURES, NUM_ROWS, ids_of, initial, plain_ro
 from tests.embeddings.test_sharding import CPU, batches_of, joined, sharded, this_rank, trained, whole
 
 ADAM = {"optimizer": "partial_rowwise_adam", "lr": 0.05}
-EVERYTHING = {**ADAM, "betas": (0.8, 0.99), "eps": 1e-3, "weight_decay": 0.1, "max_gradient": 1.0}
+EVERYTHING = {"betas": (0.8, 0.99), "eps": 1e-3, "weight_decay": 0.1, "max_gradient": 1.0}
+KINDS = ("partial_rowwise_adam", "adam", "dense_adam")
 NONE = torch.empty(0, dtype=torch.int64)
 RATES = (1.0, 0.5, 1.0, 0.0, 1.0, 0.3, 1.0)
 
 
-@pytest.mark.parametrize("settings", [ADAM, EVERYTHING])
+@pytest.mark.parametrize("optimizer", KINDS)
+@pytest.mark.parametrize("settings", [{}, EVERYTHING])
 @pytest.mark.parametrize(
     ("num_ranks", "sharding"),
     [(1, "row_wise"), (2, "row_wise"), (3, "row_wise"), (2, "table_wise"), (3, "table_wise"), (2, "column_wise")],
 )
-def test_row_wise_adam_equals_a_plain_loop(settings, num_ranks, sharding):
+def test_adam_equals_a_plain_loop(optimizer, settings, num_ranks, sharding):
+    settings = {"optimizer": optimizer, "lr": 0.05, **settings}
     expected, _, _ = plain_rows(settings, RATES)
     for got in run_on_ranks(num_ranks, trained_rows, settings, sharding, RATES):
         for table in expected:
             # float32 against float64: seven steps of at most 0.05 on values of about 1.
             torch.testing.assert_close(got[table].double(), expected[table], rtol=0, atol=1e-6)
+
+
+def test_on_every_row_it_is_torchs_adamw():
+    torch.manual_seed(0)
+    rows = torch.randn(7, 4)
+    args = AdamArgs(eps=1e-3, beta1=0.8, beta2=0.99, weight_decay=0.1)
+    weight = torch.nn.Parameter(rows.clone())
+    adamw = torch.optim.AdamW([weight], lr=0.05, betas=(0.8, 0.99), eps=1e-3, weight_decay=0.1)
+    first, second = torch.zeros(7, 4), torch.zeros(7, 4)
+    for step in range(1, 6):
+        gradient = torch.randn(7, 4) * (torch.rand(7, 1) > 0.5)  # as of rows that a batch has not touched
+        weight.grad = gradient.clone()
+        adamw.step()
+        rows, first, second = adam(rows, gradient, first, second, step=step, lr=0.05, args=args)
+    torch.testing.assert_close(rows, weight.detach())
+
+
+def rows_of_b_without_ids(optimizer):
+    """Table ``b`` after a step on its row 3, and after another whose batch has no id of it."""
+    dmp, joined_optimizer = sharded_rows({"optimizer": optimizer, "lr": 0.05}, "row_wise")
+    found = []
+    for ids in ([NONE, NONE, torch.tensor([3])], [torch.tensor([3]), NONE, NONE]):
+        joined_optimizer.zero_grad()
+        dmp(features(ids)).backward()
+        joined_optimizer.step()
+        found.append(plain.whole(dmp.state_dict()["embeddings.embeddings.b.weight"]))
+    return found
+
+
+@pytest.mark.parametrize("optimizer", KINDS)
+def test_a_table_no_id_of_which_came_rests_but_under_dense_adam(optimizer):
+    after, later = run_on_ranks(1, rows_of_b_without_ids, optimizer)[0]
+    moved = (later != after).any(1)
+    assert not moved[[0, 1, 2, 4, 5, 6]].any()  # they have no momentum
+    assert bool(moved[3]) == (optimizer == "dense_adam")
 
 
 def moments(optimizer, name="a"):
@@ -158,9 +197,12 @@ def loaded(folder, sharding, settings):
     return steps(dmp, optimizer, 3, 6), whole(dmp.state_dict()["embeddings.embeddings.item.weight"])
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2, 3])
-def test_a_checkpoint_goes_on_under_any_sharding_with_moments_and_step_count(tmp_path, num_ranks):
-    settings, folder = {"optimizer": "partial_rowwise_adam", "lr": 0.01}, str(tmp_path / "step-00000003")
+@pytest.mark.parametrize(
+    ("optimizer", "num_ranks"),
+    [*((KINDS[0], count) for count in (1, 2, 3)), (KINDS[1], 1), (KINDS[2], 2), (KINDS[2], 3)],
+)
+def test_a_checkpoint_goes_on_under_any_sharding_with_moments_and_step_count(tmp_path, optimizer, num_ranks):
+    settings, folder = {"optimizer": optimizer, "lr": 0.01}, str(tmp_path / "step-00000003")
     losses, table = run_on_ranks(2, saved, folder, "row_wise", settings)[0]
     sharding = "row_wise" if num_ranks == 2 else "table_wise"
     for got_losses, got in run_on_ranks(num_ranks, loaded, folder, sharding, settings):
@@ -176,9 +218,11 @@ def refusals():
     dmp, plan = sharded(optimizer="partial_rowwise_adam")
     beyond = features([torch.tensor([3]), torch.tensor([13]), NONE])
     attempts = (
-        lambda: sharded(optimizer="adam"),
         lambda: joined(dmp, overrides=[("item", "adamw")]),
         lambda: muonrec.embeddings.fused.check_tables(dmp, {"item": TableConfig(lr=0.05)}),
+        lambda: muonrec.embeddings.fused.check_tables(
+            sharded(optimizer="dense_adam", lr=0.05)[0], {"item": TableConfig(optimizer="adam", lr=0.05)}
+        ),
         lambda: sharded_rows(ADAM, "row_wise")[0](beyond),
     )
     for attempt in attempts:
@@ -191,9 +235,9 @@ def refusals():
 
 def test_what_cannot_be_trained_on_a_cpu_is_refused_and_the_plan_shows_the_dense_kernel():
     messages, plan = run_on_ranks(1, refusals)[0]
-    assert "asks for adam, which FBGEMM has on CUDA only; use partial_rowwise_adam" in messages[0]
-    assert "trains them already" in messages[1]
-    assert "asks for EXACT_ROWWISE_ADAGRAD, but PARTIAL_ROWWISE_ADAM runs" in messages[2]
+    assert "trains them already" in messages[0]
+    assert "asks for EXACT_ROWWISE_ADAGRAD, but PARTIAL_ROWWISE_ADAM runs" in messages[1]
+    assert "asks for every_row False, but True is in force" in messages[2]
     assert f"feature 'late' asks for row 13 of table 'a', which has {NUM_ROWS['a']} rows" in messages[3]
     assert "item   row_wise  dense   0     0..57  0..64" in plan
 
