@@ -82,7 +82,7 @@ def check_first_rows_go_on(got, old_weights, new):
         assert torch.equal(weights[name], old_weights[name]), name
 
 
-@pytest.mark.parametrize("optimizer", ["rowwise_adagrad", "adagrad", "partial_rowwise_adam"])
+@pytest.mark.parametrize("optimizer", ["rowwise_adagrad", "adagrad", "partial_rowwise_adam", "dense_adam"])
 @pytest.mark.parametrize(
     ("before", "after"),
     [
