@@ -471,7 +471,7 @@ def format_report(
             lines += row("not here", _names(tried, works=False))
         lines += row("compute kernels", _names(probe.kernels.get(target, {}), works=True))
         if tried.get("PARTIAL_ROWWISE_ADAM") and not probe.kernels.get(target, {}).get("dense"):
-            lines += row("Adam", "by rows or numbers, through the dense kernel and muonrec's own plain optimizer")
+            lines += row("adam, by rows or not", "through the dense kernel and muonrec's own plain optimizer")
 
     codes = {"fault": "31;1", "warning": "33", "note": "36"}
     if findings:

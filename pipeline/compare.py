@@ -81,7 +81,7 @@ def _check_grids(where: str, grids: Iterable[str], rates: Iterable[str]) -> None
 
 def _default_arms() -> dict[str, ArmConfig]:
     return {
-        # What recommender code does today, as near as FBGEMM's optimizers for a CPU come; it differs in theirs, too.
+        # What recommender code does today, as near as what shards and fuses comes; it differs in the tables', too.
         "one-rate": ArmConfig(
             overrides={"dense_optimizer": "adamw", "tables.*.optimizer": "partial_rowwise_adam"},
             may_differ=["dense_optimizer", "tables.*.optimizer"],

@@ -141,8 +141,8 @@ class TrainConfig(Config):
             global batches; ``batch_size`` is a multiple of it times ``accumulate_steps``.
         accumulate_steps: micro-batches that a global batch is computed in. The dense gradients are those of the whole
             batch. FBGEMM updates its tables in the backward pass, hence at every micro-batch, by that one's part of the
-            batch's gradient; with row-wise Adagrad that is not the update of the sum. Our row-wise Adam on a CPU
-            updates once, by the sum.
+            batch's gradient; with row-wise Adagrad that is not the update of the sum. Our Adam on a CPU updates
+            once, by the sum.
         precision: ``bf16`` runs the forward pass under `torch.autocast`; weights and optimizer state are as without it.
             There is no fp16: it needs a GradScaler, and the fused tables would take the scaled gradients.
         num_epochs, num_steps: length of the run, one of them.

@@ -109,7 +109,10 @@ def test_the_first_rows_and_their_state_go_on_and_new_ones_start_afresh(tmp_path
 
 
 # Twice the rows: then two column shards of the old table have the size of one of the new.
-@pytest.mark.parametrize(("optimizer", "new"), [("rowwise_adagrad", 2 * OLD), ("partial_rowwise_adam", OLD + 40)])
+@pytest.mark.parametrize(
+    ("optimizer", "new"),
+    [("rowwise_adagrad", 2 * OLD), ("partial_rowwise_adam", OLD + 40), ("dense_adam", OLD + 40)],
+)
 @pytest.mark.parametrize(
     ("before", "after"),
     [

@@ -1,6 +1,6 @@
 """Adam of the tables where FBGEMM has none, on the CPU: on the rows a batch has touched, or on all of them."""
 
-# R = rows of all tables of one kernel, D = width, T = ids looked up, U = rows touched
+# R = rows of all tables of one kernel, D = width, T = ids looked up, U = rows updated: those touched, or all
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ from torchrec.optim.fused import EmptyFusedOptimizer
 
 # Beside FBGEMM's settings of a table: whether rows that no batch has touched are updated as well.
 EVERY_ROW = "every_row"
+# Of an update of every row, so that what it computes with stays in the cache.
+_ROWS_AT_ONCE = 4096
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,12 +50,13 @@ def adam(
     On all rows of a table the first is `torch.optim.AdamW` on an `nn.Embedding`.
 
     Args:
-        rows_UD: the rows touched. Nothing is modified.
+        rows_UD: the rows to update. Nothing is modified.
         gradient_UD: their gradients.
         exp_avg_UD: first moment, per element.
         exp_avg_sq: second moment, ``[U, D]`` per element or ``[U]`` per row: of the mean of the row's squared gradient.
         step: steps of the *table*, this one included, for the bias of the moments; a row seen for the first time late
-            is corrected as if it had been there from the start.
+            is corrected as if it had been there from the start. FBGEMM's kernels count forward passes, so that there
+            micro-batches age the bias faster.
         lr: rate.
         args: the rest.
     """
@@ -71,7 +74,8 @@ class AdamTables(nn.Module):
     """Lookup and Adam of a dense kernel's tables, in place of FBGEMM's lookup and under the names of its TBE.
 
     FBGEMM's dense CPU lookup pools although none was asked for, and its gradient is as large as the table. This one
-    returns a row per id, and its gradient holds the rows looked up. (Bags of length one would get round the first, but
+    returns a row per id, and its gradient holds the rows looked up, until an update of every row. (Bags of length one
+    would get round the first, but
     each rank would send a row for every id of every rank, and the table would have another name than on CUDA.)
 
     Args:
@@ -126,30 +130,34 @@ class AdamTables(nn.Module):
     @torch.no_grad()
     def update(self) -> None:
         """One step on the rows that were looked up since the last, those of zero gradient included, or on every row."""
-        self.iter += 1
         gradient, self.rows_RD.grad = self.rows_RD.grad, None
-        args = self.optimizer_args
-        if gradient is None:  # no ids came, to this rank or to any
-            ids_T, values_TD = torch.empty(0, dtype=torch.int64), self.rows_RD.new_empty(0, self.rows_RD.size(1))
-        else:
-            ids_T, values_TD = gradient._indices()[0], gradient._values()
-        if args.gradient_clipping:
+        if gradient is None:  # no backward pass since the last step; without ids it is empty
+            return
+        self.iter += 1
+        ids_T, values_TD = gradient._indices()[0], gradient._values()
+        if self.optimizer_args.gradient_clipping:
             # As FBGEMM: each element, before the gradients of one row are added up.
-            values_TD = values_TD.clamp(-args.max_gradient, args.max_gradient)
+            size = self.optimizer_args.max_gradient
+            values_TD = values_TD.clamp(-size, size)
         if self.every_row:
-            touched, num_touched = slice(None), len(self.rows_RD)
+            gradient_RD = torch.zeros_like(self.rows_RD).index_add_(0, ids_T, values_TD)
+            for first in range(0, len(gradient_RD), _ROWS_AT_ONCE):
+                rows = slice(first, first + _ROWS_AT_ONCE)
+                self._update_rows(rows, gradient_RD[rows])
         else:
-            touched, ids_T = ids_T.unique(return_inverse=True)
-            num_touched = len(touched)
-        gradient_UD = values_TD.new_zeros(num_touched, values_TD.size(1)).index_add_(0, ids_T, values_TD)
-        self.rows_RD[touched], self.exp_avg_RD[touched], self.exp_avg_sq[touched] = adam(
-            self.rows_RD[touched],
+            ids_U, place_T = ids_T.unique(return_inverse=True)
+            gradient_UD = values_TD.new_zeros(len(ids_U), values_TD.size(1)).index_add_(0, place_T, values_TD)
+            self._update_rows(ids_U, gradient_UD)
+
+    def _update_rows(self, rows: torch.Tensor | slice, gradient_UD: torch.Tensor) -> None:
+        self.rows_RD[rows], self.exp_avg_RD[rows], self.exp_avg_sq[rows] = adam(
+            self.rows_RD[rows],
             gradient_UD,
-            self.exp_avg_RD[touched],
-            self.exp_avg_sq[touched],
+            self.exp_avg_RD[rows],
+            self.exp_avg_sq[rows],
             step=int(self.iter),
             lr=self.learning_rate,
-            args=args,
+            args=self.optimizer_args,
         )
 
     def split_embedding_weights(self) -> list[torch.Tensor]:

@@ -43,10 +43,7 @@ _FUSED: dict[SparseOptimizer, tuple[type[torch.optim.Optimizer], EmbOptimType]] 
 _ADAM = (EmbOptimType.PARTIAL_ROWWISE_ADAM, EmbOptimType.ADAM)
 # On a CPU the rows are in the only memory there is.
 _MEMORY = {EmbeddingLocation.MANAGED: "uvm", EmbeddingLocation.MANAGED_CACHING: "uvm_caching"}
-_CHECKED = (
-    *("lr", "eps", "betas", "weight_decay", "weight_decay_mode", "max_gradient"),
-    *("every_row", "data_type", "memory"),
-)
+_CHECKED = ("lr", "eps", "betas", "weight_decay", "weight_decay_mode", "max_gradient", "data_type", "memory")
 _DECAY = {"l2": WeightDecayMode.L2, "decoupled": WeightDecayMode.DECOUPLE}
 
 
@@ -89,9 +86,10 @@ def _fbgemm_settings(table: TableConfig) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True, order=True)
 class FusedTable:
-    """What was found to train one table; ``optimizer`` is FBGEMM's name of it, or `NOT_FUSED` or `NOT_ASKED`.
+    """What was found to train one table.
 
-    Settings that the optimizer does not have stand at their defaults.
+    ``optimizer`` is FBGEMM's name of it, or `DENSE_ADAM`, `NOT_FUSED` or `NOT_ASKED`. Settings that the optimizer does
+    not have stand at their defaults.
     """
 
     name: str
@@ -102,7 +100,6 @@ class FusedTable:
     weight_decay: float = 0.0
     weight_decay_mode: str = "none"
     max_gradient: float = math.inf
-    every_row: bool = False
     data_type: str = "fp32"
     memory: str = "hbm"
     by: str = "FBGEMM, fused into the backward pass"
@@ -113,13 +110,12 @@ class FusedTable:
         settings += [f"betas {self.betas[0]:g} and {self.betas[1]:g}"] * any(self.betas)
         settings += [f"{self.weight_decay_mode} weight decay {self.weight_decay:g}"] * bool(self.weight_decay)
         settings += [f"gradients clamped to {self.max_gradient:g}"] * math.isfinite(self.max_gradient)
-        settings += ["every row at every step"] * self.every_row
         settings += [f"{self.data_type} rows"] * (self.data_type != "fp32")
         settings += [f"memory {self.memory}"] * (self.memory != "hbm")
         return f"{self.name}: {self.optimizer} by {self.by}; {', '.join(settings)}"
 
 
-NOT_FUSED, NOT_ASKED = "no fused optimizer", "the default optimizer"
+DENSE_ADAM, NOT_FUSED, NOT_ASKED = "DENSE_ADAM", "no fused optimizer", "the default optimizer"
 
 
 def fused_tables(model: nn.Module) -> list[FusedTable]:
@@ -162,8 +158,11 @@ def _found(table: ShardedEmbeddingTable, table_batch: Any) -> FusedTable:
         max_gradient=args.max_gradient if args.gradient_clipping else math.inf,
     )
     if isinstance(table_batch, AdamTables):
-        by = "muonrec, on a dense kernel, after the backward pass"
-        return dataclasses.replace(found, every_row=table_batch.every_row, by=by)
+        return dataclasses.replace(
+            found,
+            optimizer=DENSE_ADAM if table_batch.every_row else kind.name,
+            by="muonrec, on a dense kernel, after the backward pass",
+        )
     location = table_batch.embedding_specs[table_batch.table_names.index(table.name)][2]
     return dataclasses.replace(
         found, data_type=table_batch.weights_precision.value, memory=_MEMORY.get(location, "hbm")
@@ -202,14 +201,13 @@ def check_tables(model: DistributedModelParallel, tables: Mapping[str, TableConf
 def _asked(found: FusedTable, table: TableConfig) -> FusedTable:
     return FusedTable(
         name=found.name,
-        optimizer=_FUSED[table.optimizer][1].name,
+        optimizer=DENSE_ADAM if table.optimizer == "dense_adam" else _FUSED[table.optimizer][1].name,
         lr=table.lr,
         eps=0.0 if table.optimizer == "sgd" else table.eps,
         betas=table.betas if table.is_adam else (0.0, 0.0),
         weight_decay=table.weight_decay,
         weight_decay_mode=table.weight_decay_mode if table.weight_decay else "none",
         max_gradient=math.inf if table.max_gradient is None else table.max_gradient,
-        every_row=table.optimizer == "dense_adam",
         data_type=table.data_type or found.data_type,
         memory=table.memory,
     )

@@ -107,11 +107,26 @@ def make_plan(
         raise ValueError(
             f"no sharding plan for {asked} on {ranks.num_ranks} ranks of {ranks.device.type}: {error}"
         ) from error
+    _check_single_rows(plan, tables)
     for module_plan in plan.plan.values():
         for name in _without_fbgemm(tables, ranks) & module_plan.keys():  # type: ignore[attr-defined]
             # Only now: the planner takes a dense kernel to mean a replicated table.
             module_plan[name].compute_kernel = EmbeddingComputeKernel.DENSE.value  # type: ignore[index]
     return plan
+
+
+def _check_single_rows(plan: ShardingPlan, tables: Mapping[str, TableConfig]) -> None:
+    for module_plan in plan.plan.values():
+        for name, parameter in module_plan.items():  # type: ignore[attr-defined]
+            spec = parameter.sharding_spec
+            sizes = [shard.shard_sizes[0] for shard in spec.shards] if isinstance(spec, EnumerableShardingSpec) else []
+            if 1 in sizes and tables[name].optimizer == "partial_rowwise_adam":
+                # EmbeddingFusedOptimizer takes a second moment of one number for a count of the whole table.
+                raise ValueError(
+                    f"table {name!r} asks for partial_rowwise_adam, and {parameter.sharding_type} gives the ranks "
+                    f"{', '.join(map(str, sizes))} rows: where it is one, TorchRec cannot save the second moment; use "
+                    "adam or rowwise_adagrad, or a sharding that leaves no rank a single row"
+                )
 
 
 def _without_fbgemm(tables: Mapping[str, TableConfig], ranks: Ranks) -> set[str]:

@@ -52,7 +52,8 @@ class TableConfig(Config):
         optimizer: by FBGEMM inside the backward pass: ``rowwise_adagrad``, ``adagrad``, ``sgd``, and on CUDA
             ``partial_rowwise_adam`` (one second moment per row) and ``adam``, which on a CPU, where FBGEMM has neither,
             are ours, see `muonrec.embeddings.cpu_adam`. ``dense_adam``, on a CPU alone, updates every row at every
-            step, as `torch.optim.AdamW` does an `nn.Embedding`, and costs as much: what papers compare with.
+            step, as `torch.optim.AdamW` does an `nn.Embedding`: what papers compare with, at the cost of a pass over
+            the whole table.
         lr: its learning rate; there is no default, since none fits every table.
         eps: added to the root of Adagrad's sum, or of Adam's second moment.
         betas: Adam's; for the first and the second moment.
@@ -116,7 +117,7 @@ class TableConfig(Config):
                 "optimizer rowwise_adagrad or partial_rowwise_adam, or leave weight_decay at 0"
             )
         if self.weight_decay and self.weight_decay_mode == "l2" and self.is_adam:
-            raise ValueError(f"FBGEMM's {self.optimizer} knows decoupled decay only; use weight_decay_mode decoupled")
+            raise ValueError(f"{self.optimizer} knows decoupled decay only; use weight_decay_mode decoupled")
         if self.betas != type(self).model_fields["betas"].default and not self.is_adam:
             raise ValueError(f"betas {self.betas} would be ignored by {self.optimizer}; they are for Adam")
         if self.cache_load_factor != type(self).model_fields["cache_load_factor"].default and (

@@ -16,7 +16,7 @@ from muonrec.embeddings.tables import TableConfig
 from muonrec.mesh import Ranks
 
 WIDTH = 8
-NUM_ROWS = {"a": 13, "b": 7}
+NUM_ROWS = {"a": 13, "b": 8}
 FEATURES = {"early": "a", "late": "a", "other": "b"}  # two features share a table
 USERS = 6  # of the global batch; 1, 2 and 3 ranks share them
 CPU = torch.device("cpu")

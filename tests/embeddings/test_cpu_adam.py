@@ -1,5 +1,7 @@
 """Adam of the tables on the CPU: the plain loop, the rows it leaves alone, its state under any sharding."""
 
+from unittest import mock
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -7,7 +9,6 @@ from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 import muonrec
-from muonrec.embeddings.cpu_adam import AdamArgs, adam
 from muonrec.embeddings.sharding import format_plan, shard_model
 from muonrec.embeddings.tables import TableConfig, initialize_tables
 from muonrec.losses import NextItemLoss
@@ -39,19 +40,45 @@ def test_adam_equals_a_plain_loop(optimizer, settings, num_ranks, sharding):
             torch.testing.assert_close(got[table].double(), expected[table], rtol=0, atol=1e-6)
 
 
-def test_on_every_row_it_is_torchs_adamw():
-    torch.manual_seed(0)
-    rows = torch.randn(7, 4)
-    args = AdamArgs(eps=1e-3, beta1=0.8, beta2=0.99, weight_decay=0.1)
-    weight = torch.nn.Parameter(rows.clone())
-    adamw = torch.optim.AdamW([weight], lr=0.05, betas=(0.8, 0.99), eps=1e-3, weight_decay=0.1)
-    first, second = torch.zeros(7, 4), torch.zeros(7, 4)
-    for step in range(1, 6):
-        gradient = torch.randn(7, 4) * (torch.rand(7, 1) > 0.5)  # as of rows that a batch has not touched
-        weight.grad = gradient.clone()
-        adamw.step()
-        rows, first, second = adam(rows, gradient, first, second, step=step, lr=0.05, args=args)
-    torch.testing.assert_close(rows, weight.detach())
+SETTINGS_OF_ADAMW = {"betas": (0.8, 0.99), "eps": 1e-3, "weight_decay": 0.1}
+
+
+def by_dense_adam(with_a_step_more):
+    """Both tables after six steps of two micro-batches each, and perhaps a step without a backward pass."""
+    dmp, optimizer = sharded_rows({"optimizer": "dense_adam", "lr": 0.05, **SETTINGS_OF_ADAMW}, "row_wise")
+    for step, factor in enumerate(RATES[:6]):
+        optimizer.scale_lr("tables", factor)
+        optimizer.zero_grad()
+        for micro in (2 * step, 2 * step + 1):
+            (dist.get_world_size() * dmp(share_of(micro))).backward()
+        optimizer.step()
+    if with_a_step_more:
+        optimizer.zero_grad()
+        optimizer.step()
+    return {name: plain.whole(dmp.state_dict()[f"embeddings.embeddings.{name}.weight"]) for name in NUM_ROWS}
+
+
+def by_torch():
+    tables = {name: torch.nn.Parameter(initial(name)) for name in NUM_ROWS}
+    optimizer = torch.optim.AdamW(tables.values(), lr=0.05, **SETTINGS_OF_ADAMW)
+    for step, factor in enumerate(RATES[:6]):
+        optimizer.param_groups[0]["lr"] = 0.05 * factor
+        optimizer.zero_grad()
+        for micro in (2 * step, 2 * step + 1):
+            for feature, bags in ids_of(micro).items():
+                name, ids = FEATURES[feature], torch.cat(bags)
+                rows = torch.nn.functional.embedding(ids, tables[name])
+                ((rows - initial(name, seed=1)[ids]).square().sum() / 2).backward()
+        optimizer.step()
+    return {name: table.detach() for name, table in tables.items()}
+
+
+@pytest.mark.parametrize("with_a_step_more", [False, True])
+def test_on_every_row_it_is_torchs_adamw(with_a_step_more):
+    expected = by_torch()
+    for got in run_on_ranks(2, by_dense_adam, with_a_step_more):
+        for name, rows in expected.items():
+            torch.testing.assert_close(got[name], rows, rtol=0, atol=2e-6)
 
 
 def rows_of_b_without_ids(optimizer):
@@ -70,7 +97,7 @@ def rows_of_b_without_ids(optimizer):
 def test_a_table_no_id_of_which_came_rests_but_under_dense_adam(optimizer):
     after, later = run_on_ranks(1, rows_of_b_without_ids, optimizer)[0]
     moved = (later != after).any(1)
-    assert not moved[[0, 1, 2, 4, 5, 6]].any()  # they have no momentum
+    assert not moved[[0, 1, 2, 4, 5, 6, 7]].any()  # they have no momentum
     assert bool(moved[3]) == (optimizer == "dense_adam")
 
 
@@ -237,7 +264,7 @@ def test_what_cannot_be_trained_on_a_cpu_is_refused_and_the_plan_shows_the_dense
     messages, plan = run_on_ranks(1, refusals)[0]
     assert "trains them already" in messages[0]
     assert "asks for EXACT_ROWWISE_ADAGRAD, but PARTIAL_ROWWISE_ADAM runs" in messages[1]
-    assert "asks for every_row False, but True is in force" in messages[2]
+    assert "asks for ADAM, but DENSE_ADAM runs" in messages[2]
     assert f"feature 'late' asks for row 13 of table 'a', which has {NUM_ROWS['a']} rows" in messages[3]
     assert "item   row_wise  dense   0     0..57  0..64" in plan
 
@@ -275,3 +302,14 @@ def test_column_shards_become_rows_with_the_mean_of_their_second_moments(tmp_pat
         torch.testing.assert_close(moments_of_rows[1], second.view(2, -1).mean(0))
         assert moments_of_rows[2] == count == 3
         assert losses_of_rows == pytest.approx(losses, rel=1e-2)  # one second moment a row, where each half had its own
+
+
+def too_few_rows():
+    with mock.patch.dict(NUM_ROWS, {"b": 7}), pytest.raises(ValueError) as refused:
+        sharded_rows(ADAM, "row_wise")
+    return str(refused.value)
+
+
+def test_a_second_moment_of_one_row_which_torchrec_cannot_save_is_refused():
+    for message in run_on_ranks(3, too_few_rows):
+        assert "table 'b' asks for partial_rowwise_adam, and row_wise gives the ranks 3, 3, 1 rows" in message

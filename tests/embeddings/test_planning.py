@@ -115,6 +115,11 @@ def test_state_has_the_bytes_of_fbgemms_momenta(optimizer, bytes_per_row):
     assert plan.memory["table state"].tolist() == [250 * bytes_per_row] * 4
 
 
+def test_an_optimizer_of_cpu_tables_is_refused_for_a_cluster():
+    with pytest.raises(ValueError, match="table 't0' asks for dense_adam, which runs on a CPU alone; use adam"):
+        plan_job(job_of(Cluster(1, 4, GIB), model=Production(rows=1000, num_tables=1), optimizer="dense_adam"))
+
+
 def test_row_wise_state_exists_once_for_every_block_of_columns():
     model = Production(rows=1000, width=512, num_tables=1)
     plan = plan_job(job_of(Cluster(1, 4, GIB), model=model, sharding="column_wise"))

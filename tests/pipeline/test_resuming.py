@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from torchrec.modules.embedding_configs import EmbeddingConfig
 from torchrec.optim.keyed import KeyedOptimizer
 
 import pipeline.eval as eval_stage
@@ -16,10 +17,12 @@ from muonrec.checkpoint.weights import local_pieces
 from muonrec.config import load_config
 from muonrec.data.shards import load_sequences
 from muonrec.data.synthetic import SyntheticSource
+from muonrec.embeddings.constraints import constrain
+from muonrec.mesh import Ranks
 from pipeline.data import DataConfig, build_dataset
 from pipeline.export import export
 from pipeline.resuming import choose_checkpoints
-from pipeline.train import Run, load_run, make_model, train
+from pipeline.train import Run, for_evaluation, load_run, make_model, train
 from pipeline.train_config import TrainConfig
 from tests.distributed.ranks import run_on_ranks
 from tests.embeddings.test_sharding import this_rank, whole
@@ -319,6 +322,16 @@ def test_a_run_with_adam_tables_of_cuda_is_evaluated_and_exported_on_a_cpu(data,
     found = run_on_ranks(2, evaluate, run)[0]
     assert found["metrics"] == expected["metrics"] and found["checkpoint_step"] == 6
     export(run, tmp_path / "weights.safetensors")
+
+
+def test_tables_by_an_optimizer_of_the_cpu_are_evaluated_on_cuda(data, tmp_path):
+    tables = {"item": {"optimizer": "dense_adam", "lr": 0.01}}
+    config = load_config(TrainConfig, config_file(data, tmp_path, tables=tables))
+    items = EmbeddingConfig(name="item", num_embeddings=120, embedding_dim=32)
+    with pytest.raises(ValueError, match="dense_adam, which runs on a CPU alone"):
+        constrain(config.tables["item"], items, "cuda")
+    evaluated = for_evaluation(config, Ranks(0, 1, torch.device("cuda")))
+    assert constrain(evaluated.tables["item"], items, "cuda").compute_kernels == ["fused"]
 
 
 def with_short_rows(run):

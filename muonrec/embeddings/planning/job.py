@@ -28,6 +28,7 @@ TABLE_STATE: dict[str, tuple[int, int, type[torch.optim.Optimizer]]] = {
     "rowwise_adagrad": (1, 0, RowWiseAdagrad),
     "adagrad": (0, 1, torch.optim.Adagrad),
     "adam": (0, 2, torch.optim.Adam),
+    "dense_adam": (0, 2, torch.optim.Adam),  # of CPU tables alone, as the plan will say
     "partial_rowwise_adam": (1, 1, PartialRowWiseAdam),
 }
 
